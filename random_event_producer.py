@@ -40,58 +40,26 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import orjson
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.errors import (
-    AuthorizationError,
-    BrokerResponseError,
-    InvalidProducerEpochError,
-    InvalidTopicError,
-    KafkaError,
-    KafkaTimeoutError,
-    MessageSizeTooLargeError,
-    OutOfOrderSequenceNumberError,
-    UnknownProducerIdError,
-)
+import prometheus_client as prometheus
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
+from kafka.errors import KafkaError
 from kafka.future import Future
 from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl import get_sasl_mechanism
-from kafka.partitioner import Partitioner, murmur2
-from kafka.protocol.sasl import (
-    SaslAuthenticateRequest,
-    SaslAuthenticateResponse,
-    SaslHandshakeRequest,
-    SaslHandshakeResponse,
-)
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
+from kafka.partitioner import murmur2
+from kafka.protocol import sasl
+from prometheus_client import core as families
 from prometheus_client.exposition import ThreadingWSGIServer
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SecretStr,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SecretStr, Tag
+from pydantic import TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -164,25 +132,33 @@ class Stop:
 
 
 def _brokers(value: str) -> str:
-    if value != "embedded":
-        for server in value.split(","):
-            host, colon, port = server.strip().rpartition(":")
-            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536 and not re.search(r"[\s/]", host)):
-                raise ValueError("not like that")
+    for server in [] if value == "embedded" else value.split(","):
+        if not (found := re.fullmatch(r"([^\s/:]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})", server.strip())):
+            raise ValueError(f"{server.strip()!r} is not host:port")
+        if not 0 < int(found[2]) < 65536:
+            raise ValueError(f"{found[2]} is no port")
     return value
 
 
 def _topic(value: str) -> str:
-    if not re.fullmatch(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}", value):
-        raise ValueError("not like that")
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", value) or value in (".", ".."):
+        raise ValueError("no topic can have that name")
     return value
 
 
-def _setting(default: Any, allowed: str, meaning: str, **bounds: Any) -> Any:
-    return Field(default, title=allowed, description=meaning, **bounds)
+def _setting(default: Any, meaning: str, allowed: str = "", **bounds: Any) -> Any:
+    """`allowed` is for messages; a list of choices needs none."""
+    return Field(default, description=meaning, title=allowed, **bounds)
 
 
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Upper = BeforeValidator(lambda value: value.upper() if isinstance(value, str) else value)
+Lower = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+Protocol = Annotated[Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"], Upper]
+Mechanism = Annotated[Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"], Upper]
+Compression = Annotated[Literal["none", "gzip", "snappy", "lz4", "zstd"], Lower]
+Brokers = Annotated[str, AfterValidator(_brokers)]
+Topic = Annotated[str, AfterValidator(_topic)]
 
 
 class Settings(BaseSettings):
@@ -198,70 +174,38 @@ class Settings(BaseSettings):
         validate_default=True,
     )
 
-    kafka_broker: Annotated[str, AfterValidator(_brokers)] = _setting(
-        "localhost:9092",
-        "host:port[,host:port ...], or embedded",
-        "the brokers to start from; embedded: a trial broker",
+    kafka_broker: Brokers = _setting(
+        "localhost:9092", "where Kafka is", "host:port[,host:port ...], or embedded (a trial)"
     )
-    kafka_topic: Annotated[str, AfterValidator(_topic)] = _setting(
-        "user-events", "1 to 249 letters, digits, '.', '_', '-'", "topic name"
-    )
+    kafka_topic: Topic = _setting("user-events", "topic name", "1 to 249 of a-z A-Z 0-9 . _ -")
     interval_seconds: Seconds = _setting(
-        3, "a number from 0 up", "seconds between two events; 0: as fast as Kafka confirms", ge=0
+        3, "seconds between events; 0: at full speed", "0 or more, fractions too", ge=0
     )
-    max_events: int | None = _setting(None, "a whole number from 1 up", "stop after so many events", ge=1)
-    duration_seconds: Seconds | None = _setting(
-        None, "a number above 0", "stop so long after the first event was due", gt=0
-    )
-    seed: str | None = _setting(None, "any text", "the same seed gives the same users, types and metadata")
-    connect_timeout_seconds: Seconds | None = _setting(
-        None, "a number above 0", "give up when Kafka is not reached in time; none: keep trying", gt=0
-    )
-    shard_count: int = _setting(1, "a whole number from 1 to 1000", "processes that share the users", ge=1, le=1000)
-    shard_index: int = _setting(
-        0, "a whole number from 0 to SHARD_COUNT - 1", "this process: users with user_id % SHARD_COUNT == it", ge=0
-    )
-    kafka_compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = _setting(
-        "none", "none, gzip, snappy, lz4 or zstd", "compression of the batches"
-    )
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = _setting(
-        "PLAINTEXT", "PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL", "how to talk to the brokers"
-    )
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = _setting(
-        None, "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512", "how to log in"
-    )
-    kafka_sasl_username: str | None = _setting(None, "a user name", "who logs in")
-    kafka_sasl_password: SecretStr | None = _setting(None, "a password", "its password")
-    kafka_ssl_cafile: Path | None = _setting(None, "a PEM file", "certificates of the authority; none: the system's")
-    kafka_ssl_certfile: Path | None = _setting(None, "a PEM file", "client certificate (mutual TLS)")
-    kafka_ssl_keyfile: Path | None = _setting(None, "a PEM file", "its private key")
-    kafka_ssl_key_password: SecretStr | None = _setting(None, "a password", "of the private key")
-    metrics_port: int | None = _setting(
-        None, "a port from 1 to 65535", "serve /metrics, /healthz and /readyz", ge=1, le=65535
-    )
-    metrics_host: str = _setting("127.0.0.1", "an address of this machine", "where METRICS_PORT listens")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
-        "INFO", "DEBUG, INFO, WARNING or ERROR", "what is logged"
-    )
-    log_format: Literal["text", "json"] = _setting(
-        "text", "text or json", "one line of text, or one JSON object a line"
-    )
-
-    @field_validator("kafka_security_protocol", "kafka_sasl_mechanism", "log_level", mode="before")
-    @classmethod
-    def _upper(cls, value: Any) -> Any:
-        return value.upper() if isinstance(value, str) else value
-
-    @field_validator("kafka_compression", "log_format", mode="before")
-    @classmethod
-    def _lower(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value
+    max_events: int | None = _setting(None, "stop after so many events", "a whole number from 1 up", ge=1)
+    duration_seconds: Seconds | None = _setting(None, "stop so long after the first was due", "a number above 0", gt=0)
+    seed: str | None = _setting(None, "the same seed gives the same users, types, metadata", "any text")
+    connect_timeout_seconds: Seconds | None = _setting(None, "give up on reaching Kafka", "a number above 0", gt=0)
+    shard_count: int = _setting(1, "how many processes share the users", "1 to 1000", ge=1, le=1000)
+    shard_index: int = _setting(0, "only users with user_id % SHARD_COUNT == this", "0 to SHARD_COUNT - 1", ge=0)
+    kafka_compression: Compression = _setting("none", "compression of the batches")
+    kafka_security_protocol: Protocol = _setting("PLAINTEXT", "how to talk to Kafka")
+    kafka_sasl_mechanism: Mechanism | None = _setting(None, "how to log in")
+    kafka_sasl_username: str | None = _setting(None, "who logs in", "a user name")
+    kafka_sasl_password: SecretStr | None = _setting(None, "the user's password", "a password")
+    kafka_ssl_cafile: Path | None = _setting(None, "authorities to trust; none: the system's", "a PEM file")
+    kafka_ssl_certfile: Path | None = _setting(None, "client certificate, for mutual TLS", "a PEM file")
+    kafka_ssl_keyfile: Path | None = _setting(None, "the client certificate's private key", "a PEM file")
+    kafka_ssl_key_password: SecretStr | None = _setting(None, "the private key's password", "a password")
+    metrics_port: int | None = _setting(None, "serve /metrics, /healthz, /readyz", "1 to 65535", ge=1, le=65535)
+    metrics_host: str = _setting("127.0.0.1", "the address METRICS_PORT listens on", "an address of this machine")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Upper] = _setting("INFO", "what is logged")
+    log_format: Annotated[Literal["text", "json"], Lower] = _setting("text", "lines of text, or a JSON object a line")
 
     @field_validator("shard_index")
     @classmethod
     def _below_count(cls, value: int, info: ValidationInfo) -> int:
-        if value >= info.data.get("shard_count", math.inf):
-            raise ValueError("not below")
+        if value >= (count := info.data.get("shard_count", math.inf)):
+            raise ValueError(f"not below SHARD_COUNT={count}")
         return value
 
     @field_validator("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password")
@@ -281,7 +225,7 @@ class Settings(BaseSettings):
     def _readable_pem(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         protocol = info.data.get("kafka_security_protocol", "")
         if value and protocol in ("PLAINTEXT", "SASL_PLAINTEXT"):
-            raise ValueError(f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set SSL or SASL_SSL, or unset it")
+            raise ValueError(f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: unset it, or set SSL or SASL_SSL")
         if value:
             try:
                 if b"-----BEGIN " not in value.read_bytes():
@@ -290,9 +234,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"cannot be read: {error.strerror}") from None
         if info.field_name == "kafka_ssl_cafile" and value:
             _tls_context(value, None, None, None)
-        if info.field_name == "kafka_ssl_keyfile" and value and "kafka_ssl_certfile" in info.data:
-            if info.data["kafka_ssl_certfile"] is None:
-                raise ValueError("a key without its certificate: set KAFKA_SSL_CERTFILE too")
+        if info.field_name == "kafka_ssl_keyfile" and value and info.data.get("kafka_ssl_certfile", value) is None:
+            raise ValueError("a key without its certificate: set KAFKA_SSL_CERTFILE too")
         return value
 
     @field_validator("kafka_ssl_key_password")
@@ -305,7 +248,7 @@ class Settings(BaseSettings):
     @property
     def bootstrap_servers(self) -> list[str]:
         if self.kafka_broker == "embedded":
-            return ["%s:%d" % EMBEDDED_ADDRESS]
+            return ["{}:{}".format(*EMBEDDED_ADDRESS)]
         return [server.strip() for server in self.kafka_broker.split(",")]
 
     def tls_context(self) -> ssl.SSLContext | None:
@@ -326,29 +269,28 @@ class Settings(BaseSettings):
             raise BadConfiguration(f"settings cannot be read: {error}") from None
 
     @classmethod
-    def _problem(cls, loc: tuple[str, ...], input: Any, type: str, ctx: dict[str, Any] | None = None, **_: Any) -> str:
+    def _problem(cls, loc: tuple[int | str, ...], input: Any, **more: Any) -> str:
         name = str(loc[0])
+        allowed = cls._allowed(name)
+        given = "not set" if input is None else "a secret" if "password" in name else repr(str(input))
+        if more["type"] == "value_error":
+            given += f", {more['ctx']['error']}"
+        return f"{name.upper()}: {given}; allowed: {allowed}"
+
+    @classmethod
+    def _allowed(cls, name: str) -> str:
+        """What is said to be allowed, else the choices that the type names."""
         field = cls.model_fields[name]
-        given = "not set" if input is None else "a value that is not shown" if _is_secret(field) else repr(str(input))
-        why = str(ctx["error"]) if ctx and type == "value_error" else ""
-        return f"{name.upper()}: {given}" + (f", {why}" if why else "") + f"; allowed: {field.title}"
+        return field.title or ", ".join(re.findall(r"'([^']+)'", str(field.annotation)))
 
     @classmethod
     def table(cls) -> str:
-        """The variables with default and meaning, as --help prints them."""
-        rows = [
-            (
-                name.upper(),
-                "none" if field.default is None else str(field.default),
-                f"{field.description} ({field.title})",
-            )
-            for name, field in cls.model_fields.items()
-        ]
-        return "\n".join(f"  {name:24} {default:15} {meaning}" for name, default, meaning in rows)
-
-
-def _is_secret(field: FieldInfo) -> bool:
-    return "SecretStr" in str(field.annotation)
+        """The variables with default, meaning and allowed values, as --help prints them."""
+        rows = []
+        for name, field in cls.model_fields.items():
+            default = "none" if field.default is None else str(field.default)
+            rows.append(f"  {name.upper():24} {default:15} {field.description} ({cls._allowed(name)})")
+        return "\n".join(rows)
 
 
 def _tls_context(
@@ -531,10 +473,10 @@ DEVICES: tuple[str, ...] = Device.__args__  # type: ignore[attr-defined]
 REFERRERS: tuple[str, ...] = Referrer.__args__  # type: ignore[attr-defined]
 
 
-class Event(NamedTuple):
+@dataclass(slots=True)
+class Event:
     """One event, ready to be sent. `due` is on the monotonic clock, `timestamp_ms` since 1970."""
 
-    sequence: int
     event_type: str
     key: bytes
     value: bytes
@@ -545,6 +487,13 @@ class Event(NamedTuple):
     @property
     def event_id(self) -> str:
         return self.headers[0][1].decode()
+
+    @property
+    def sequence(self) -> int:
+        return int(self.event_id.partition(":")[2])
+
+
+_THREE_DIGITS = tuple(f"{number:03}" for number in range(1000))
 
 
 class RandomEventProducer:
@@ -568,9 +517,10 @@ class RandomEventProducer:
         self._users = [(user, b"%d" % user) for user in range(1, 1001) if user % shard_count == shard_index]
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._second = -1
-        self._second_text = ""
-        self._run_prefix = f"{self.run}:".encode()
+        self._bits = self.random.getrandbits
+        self._millisecond = -1
+        self._time_text = ""
+        self._id_prefix = f"{self.run}:".encode()
 
     def check_event_types(self) -> None:
         """Raises BadConfiguration that names each type without metadata. Draws nothing from the seeded stream."""
@@ -589,54 +539,52 @@ class RandomEventProducer:
 
     def generate_event(self, due: float = 0.0) -> Event:
         """The next event: random user and type, the clock's time, the next sequence number."""
-        draw = self.random.random
-        user_id, key = self._users[int(draw() * len(self._users))]
-        event_type = self.event_types[int(draw() * len(self.event_types))]
-        microseconds = self._clock() // 1000
-        second, fraction = divmod(microseconds, 1_000_000)
-        if second != self._second:  # the text of a second is made once
-            self._second = second
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        bits = self._bits
+        user_id, key = self._users[bits(32) % len(self._users)]
+        event_type = self.event_types[bits(32) % len(self.event_types)]
+        millisecond, rest = divmod(self._clock() // 1000, 1000)
+        if millisecond != self._millisecond:  # the text of a millisecond is made once
+            self._millisecond = millisecond
+            second, fraction = divmod(millisecond, 1000)
+            self._time_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{fraction:03}"
         value = orjson.dumps(
             {
                 "user_id": user_id,
                 "event_type": event_type,
-                "timestamp": f"{self._second_text}.{fraction:06}",
+                "timestamp": self._time_text + _THREE_DIGITS[rest],
                 "metadata": self._generate_metadata(event_type),
             }
         )
-        sequence = next(self._numbers)
-        headers = [("event_id", b"%b%d" % (self._run_prefix, sequence))]
-        return Event(sequence, event_type, key, value, headers, microseconds // 1000, due)
+        event_id = b"%b%d" % (self._id_prefix, next(self._numbers))
+        return Event(event_type, key, value, [("event_id", event_id)], millisecond, due)
 
     def _generate_metadata(self, event_type: str) -> dict[str, Any]:
-        # int(draw() * n) / 10 gives one decimal, and is several times faster than randrange and round.
-        draw = self.random.random
+        bits = self._bits  # bits(32) % n: 0 to n - 1, several times faster than randrange(n)
         if event_type == "add_to_cart":
-            product = PRODUCTS[int(draw() * len(PRODUCTS))]
+            product = PRODUCTS[bits(32) % 1000]
             return {
                 "product_id": product.product_id,
-                "quantity": 1 + int(draw() * 5),
+                "quantity": 1 + bits(32) % 5,
                 "price": product.price,
-                "session_length": (5 + int(draw() * 600)) / 10,
-                "page": PAGES[int(draw() * len(PAGES))],
+                "session_length": (5 + bits(32) % 600) / 10,
+                "page": PAGES[bits(32) % 6],
             }
         if event_type == "bounce":
             return {
-                "page": PAGES[int(draw() * len(PAGES))],
-                "session_length": (1 + int(draw() * 19)) / 10,
-                "referrer": REFERRERS[int(draw() * len(REFERRERS))],
-                "device": DEVICES[int(draw() * len(DEVICES))],
+                "page": PAGES[bits(32) % 6],
+                "session_length": (1 + bits(32) % 19) / 10,
+                "referrer": REFERRERS[bits(32) % 5],
+                "device": DEVICES[bits(32) % 3],
             }
         if event_type == "product_view":
-            product = PRODUCTS[int(draw() * len(PRODUCTS))]
+            product = PRODUCTS[bits(32) % 1000]
             return {
                 "product_id": product.product_id,
                 "category": product.category,
                 "price": product.price,
-                "view_duration": (10 + int(draw() * 3000)) / 10,
+                "view_duration": (10 + bits(32) % 3000) / 10,
                 "page": "/product-detail",
-                "device": DEVICES[int(draw() * len(DEVICES))],
+                "device": DEVICES[bits(32) % 3],
             }
         raise NotImplementedError(f"add a branch for {event_type!r} to _generate_metadata")
 
@@ -693,7 +641,7 @@ class Tally:
 
     def __init__(self, event_types: Iterable[str]) -> None:
         self.made = 0
-        self.sent = dict.fromkeys(event_types, 0)
+        self.sent = Counter(dict.fromkeys(event_types, 0))
         self.failed: Counter[str] = Counter()
         self.sent_again = 0
         self.skipped = 0
@@ -706,12 +654,16 @@ class Tally:
         self.trouble = "Kafka is not reached yet"
         self.turned_at = time.monotonic()  # when the loop last turned over
 
-    def confirmed(self, event_type: str, seconds: float) -> None:
-        self.sent[event_type] = self.sent.get(event_type, 0) + 1
-        self.latency[bisect_left(self.BOUNDS, seconds)] += 1
-        self.latency_sum += seconds
-        if seconds > self.latency_max:
-            self.latency_max = seconds
+    def confirmed(self, events: Iterable[Event], now: float) -> None:
+        """Count events that Kafka has confirmed by `now` (monotonic)."""
+        sent, latency, bounds = self.sent, self.latency, self.BOUNDS
+        for event in events:
+            sent[event.event_type] += 1
+            seconds = now - event.due
+            latency[bisect_left(bounds, seconds)] += 1
+            self.latency_sum += seconds
+            if seconds > self.latency_max:
+                self.latency_max = seconds
 
     @property
     def total_sent(self) -> int:
@@ -729,30 +681,32 @@ class Tally:
                 return min(bound, self.latency_max)
         return self.latency_max
 
-    def metrics(self) -> Iterator[Metric]:
+    def metrics(self) -> Iterator[prometheus.Metric]:
         """What /metrics shows, read when it is asked for: nothing is paid per event."""
         prefix = "random_event_producer_"
-        sent = CounterMetricFamily(prefix + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
+        sent = families.CounterMetricFamily(prefix + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
         for event_type, count in dict(self.sent).items():
             sent.add_metric([event_type], count)
         yield sent
-        failed = CounterMetricFamily(prefix + "events_failed", "Events refused for good", labels=["error"])
+        failed = families.CounterMetricFamily(prefix + "events_failed", "Events refused for good", labels=["error"])
         for error, count in dict(self.failed).items():
             failed.add_metric([error], count)
         yield failed
-        yield CounterMetricFamily(prefix + "events_skipped", "Slots of the schedule given up", self.skipped)
-        yield GaugeMetricFamily(prefix + "unacknowledged_events", "Events made and not confirmed yet", self.unconfirmed)
-        yield GaugeMetricFamily(prefix + "connected", "1 while Kafka confirms events", int(self.connected))
-        yield GaugeMetricFamily(prefix + "behind_seconds", "How late the next event is", self.behind)
+        yield families.CounterMetricFamily(prefix + "events_skipped", "Slots of the schedule given up", self.skipped)
+        yield families.GaugeMetricFamily(
+            prefix + "unacknowledged_events", "Events made and not confirmed yet", self.unconfirmed
+        )
+        yield families.GaugeMetricFamily(prefix + "connected", "1 while Kafka confirms events", int(self.connected))
+        yield families.GaugeMetricFamily(prefix + "behind_seconds", "How late the next event is", self.behind)
         seen = list(itertools.accumulate(self.latency))
         edges = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
         buckets = [(str(edge), seen[bisect_right(self.BOUNDS, edge) - 1]) for edge in edges]
-        latency = HistogramMetricFamily(
+        latency = families.HistogramMetricFamily(
             prefix + "delivery_latency_seconds", "From when an event was due to its confirmation"
         )
         latency.add_metric([], [*buckets, ("+Inf", seen[-1])], self.latency_sum)
         yield latency
-        yield InfoMetricFamily(prefix + "build", "Version of the tool", {"version": __version__})
+        yield families.InfoMetricFamily(prefix + "build", "Version of the tool", {"version": __version__})
 
 
 # ------------------------------------------------------------------------------------------------ reaching Kafka
@@ -826,7 +780,9 @@ def _shake_hands(host: str, port: int, context: ssl.SSLContext | None, mechanism
     try:
         if context:
             connection = context.wrap_socket(connection, server_hostname=host)
-        return connection, _ask(connection, SaslHandshakeRequest(mechanism=mechanism), SaslHandshakeResponse, 1)
+        return connection, _ask(
+            connection, sasl.SaslHandshakeRequest(mechanism=mechanism), sasl.SaslHandshakeResponse, 1
+        )
     except BaseException:
         connection.close()
         raise
@@ -901,7 +857,9 @@ def _log_in(connection: socket.socket, at: str, settings: Settings) -> None:
     )
     try:
         while not login.is_done():
-            answer = _ask(connection, SaslAuthenticateRequest(login.auth_bytes()), SaslAuthenticateResponse, 1)
+            answer = _ask(
+                connection, sasl.SaslAuthenticateRequest(login.auth_bytes()), sasl.SaslAuthenticateResponse, 1
+            )
             if answer.error_code:
                 raise refused
             login.receive(answer.auth_bytes)
@@ -935,7 +893,7 @@ def _sasl_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _open(client: Callable[..., Client], settings: Settings, options: Mapping[str, Any]) -> Client:
+def _open(client: Callable[..., Client], settings: Settings, options: dict[str, Any]) -> Client:
     """One attempt. Raises NotYet or GiveUp."""
     context = settings.tls_context()
     troubles: list[NotYet] = []
@@ -961,7 +919,7 @@ def _open(client: Callable[..., Client], settings: Settings, options: Mapping[st
             **_sasl_options(settings),
             **options,
         )
-    except KafkaTimeoutError:
+    except errors.KafkaTimeoutError:
         gc.collect()  # a failed constructor leaves its sockets to the collector
         raise NotYet(f"{server} answers, but the client cannot start ({_complaint.text or 'no cause given'})") from None
     except KafkaError as error:
@@ -1037,18 +995,12 @@ def connect(
 # ------------------------------------------------------------------------------------------------------ delivery
 
 
-class _KeyPartitioner(Partitioner):  # type: ignore[misc]
-    """Kafka's default partitioner for keys, with the hash remembered."""
-
-    def partition(self, topic: str, key: Any, serialized_key: bytes, *rest: Any) -> int:
-        partitions = rest[-1].partitions_for_topic(topic)
-        if not partitions:
-            raise ValueError(f"topic {topic} has vanished")
-        return key_hash(serialized_key) % len(partitions)
-
-
 # The producer's own state, not the event, is what these complain of: nothing is lost by sending again.
-_PRODUCER_STATE = (OutOfOrderSequenceNumberError, UnknownProducerIdError, InvalidProducerEpochError)
+_PRODUCER_STATE = (
+    errors.OutOfOrderSequenceNumberError,
+    errors.UnknownProducerIdError,
+    errors.InvalidProducerEpochError,
+)
 _HINTS = {
     "MessageSizeTooLargeError": "larger than the topic's max.message.bytes",
     "TopicAuthorizationFailedError": "this user may not write to the topic: grant Write and Describe",
@@ -1087,11 +1039,10 @@ class Delivery:
             "batch_size": 262_144,
             "linger_ms": BATCH_LINGER_MS if fast else 0,
             "compression_type": None if settings.kafka_compression == "none" else settings.kafka_compression,
-            "partitioner": _KeyPartitioner(),
         }
         self._producer: KafkaProducer | None = None
         self._pending: deque[tuple[Event, Future]] = deque()
-        self._refusals: deque[tuple[Event, KafkaError]] = deque()  # in the order of time, from the client's thread
+        self._partitions = 1
         self._acknowledged: dict[int, int] = {}  # partition -> last offset
         self._barren = 0
         self._progress = time.monotonic()
@@ -1107,13 +1058,13 @@ class Delivery:
         self._producer = connect(KafkaProducer, self._settings, given_up, **self._options)
         while self._producer and not given_up():
             try:
-                self._producer.partitions_for(self._topic)
+                self._partitions = len(self._producer.partitions_for(self._topic))
                 self._tally.connected, self._tally.trouble = True, ""
                 self._progress = time.monotonic()
                 return True
-            except AuthorizationError:
+            except errors.AuthorizationError:
                 raise GiveUp(f"not authorised for topic {self._topic}: grant this user Write and Describe") from None
-            except InvalidTopicError:
+            except errors.InvalidTopicError:
                 raise GiveUp(f"Kafka refuses the topic name {self._topic}: set KAFKA_TOPIC") from None
             except KafkaError:
                 limit = self._settings.connect_timeout_seconds
@@ -1138,57 +1089,56 @@ class Delivery:
 
     def send(self, event: Event) -> None:
         """Hand an event to the client. Waits while the topic is gone; after a stop it is left unconfirmed."""
-        trouble = Trouble()
-        while not self._stop.over():
-            try:
-                future = self._producer.send(  # type: ignore[union-attr]
-                    self._topic, event.value, event.key, event.headers, None, event.timestamp_ms
-                )
-            except (KafkaTimeoutError, ValueError):
-                self._complain_of_topic(trouble)
-                self._tally.turned_at = time.monotonic()
-                self._stop.sleep(SLICE_SECONDS)
-                continue
-            except MessageSizeTooLargeError as error:  # the client's own limit; it lives on
-                self._failed(event, error)
-                return
-            future.add_errback(self._refused, event)
+        try:
+            partition = key_hash(event.key) % self._partitions
+            future = self._producer.send(  # type: ignore[union-attr]
+                self._topic, event.value, event.key, event.headers, partition, event.timestamp_ms
+            )
+        except (errors.KafkaTimeoutError, ValueError):
+            self._topic_has_vanished(event)
+        except errors.MessageSizeTooLargeError as error:  # the client's own limit; it lives on
+            self._failed(event, error)
+        else:
             self._pending.append((event, future))
-            return
-        self._pending.append((event, Future()))
 
-    def _refused(self, event: Event, error: KafkaError) -> None:
-        self._refusals.append((event, error))  # on the client's thread
+    def _topic_has_vanished(self, event: Event) -> None:
+        if self.open(lambda: self._stop.over()):
+            self.send(event)
+        else:
+            self._pending.append((event, Future()))
 
     def settle(self) -> None:
         """Take in what Kafka has confirmed or refused. Raises GiveUp."""
         pending, now = self._pending, time.monotonic()
+        done = []
         while pending and (future := pending[0][1]).is_done and future.exception is None:
-            self._confirmed(pending.popleft()[0], future.value.partition, future.value.offset, now)
+            done.append(pending.popleft())
+        self._confirmed(done, now)
         if pending and now - max(self._swept, pending[0][0].due) >= 1.0:
             self._sweep(now)
-        if self._refusals:
+        if pending and pending[0][1].is_done:
             self._replace_producer()
         self._tally.unconfirmed = len(self._pending)
         self._tally.turned_at = now
 
     def _sweep(self, now: float) -> None:
         """Take in what is confirmed behind an event that is not: a partition without a leader holds up only its own."""
-        waiting: deque[tuple[Event, Future]] = deque()
-        for event, future in self._pending:
-            if future.is_done and future.exception is None:
-                self._confirmed(event, future.value.partition, future.value.offset, now)
-            else:
-                waiting.append((event, future))
-        self._pending, self._swept = waiting, now
+        settled = [future.is_done and future.exception is None for _, future in self._pending]
+        self._confirmed(list(itertools.compress(self._pending, settled)), now)
+        self._pending = deque(entry for entry, ready in zip(self._pending, settled, strict=True) if not ready)
+        self._swept = now
 
-    def _confirmed(self, event: Event, partition: int, offset: int, now: float) -> None:
-        self._tally.confirmed(event.event_type, now - event.due)
-        self._acknowledged[partition] = max(offset, self._acknowledged.get(partition, -1))  # -1: Kafka does not say
+    def _confirmed(self, entries: list[tuple[Event, Future]], now: float) -> None:
+        if not entries:
+            return
         self._progress = now
         self._barren = 0
-        if self._on_confirmed:
-            self._on_confirmed(event, partition, offset)
+        self._tally.confirmed([event for event, _ in entries], now)
+        for event, future in entries:
+            _, partition, _, offset, *_ = future.value
+            self._acknowledged[partition] = offset
+            if self._on_confirmed:
+                self._on_confirmed(event, partition, offset)
 
     def _failed(self, event: Event, error: KafkaError) -> None:
         name = type(error).__name__
@@ -1208,43 +1158,32 @@ class Delivery:
     # -- a refusal: fatal for the idempotent client, so a new one takes over
 
     def _replace_producer(self) -> None:
-        """Leave out the refused event, send again under a new client what is not in the log. Raises GiveUp."""
+        """Leave out what was refused, send again under a new client what is not in the log. Raises GiveUp."""
         _end(self._producer, STOP_GRACE_SECONDS)
-        # Only a broker's answer for one event is about that event; the rest failed along with it.
-        blamed = [
-            (event, error)
-            for event, error in self._refusals
-            if isinstance(error, BrokerResponseError) and not isinstance(error, _PRODUCER_STATE)
-        ]
         self._sweep(time.monotonic())
-        self._refusals.clear()
-        events = [event for event, _ in self._pending]
-        if blamed:
-            culprit, error = blamed[0]
-            self._failed(culprit, error)
-            events = [event for event in events if event is not culprit]
-        self._pending = deque((event, Future()) for event in events)  # unconfirmed, should a stop come now
         self._barren += 1
+        refused = [(event, future.exception) for event, future in self._pending if _is_refusal(future)]
+        for event, error in refused:
+            self._failed(event, error)
+        events = [event for event, future in self._pending if not _is_refusal(future)]
+        self._pending = deque((event, Future()) for event in events)  # unconfirmed, should a stop come now
         if self._barren >= BARREN_PRODUCERS:
-            cause = blamed[0][1] if blamed else "the client failed"
-            raise GiveUp(
-                f"Kafka refuses everything: {type(cause).__name__} ({_HINTS.get(type(cause).__name__, cause)})"
-            )
+            raise GiveUp(f"Kafka has confirmed nothing to {BARREN_PRODUCERS} clients in a row: the last events say why")
         if not self.open(lambda: self._stop.over(STOP_GRACE_SECONDS)):
             return
         stored = self._stored(events) if events else {}
         self._pending.clear()
         for event in events:
             if place := stored.get(event.event_id):
-                self._confirmed(event, *place, time.monotonic())
+                self._confirmed([(event, Future().success(place))], time.monotonic())
             else:
                 self._tally.sent_again += 1
                 self.send(event)
 
-    def _stored(self, events: list[Event]) -> dict[str | None, tuple[int, int]]:
+    def _stored(self, events: list[Event]) -> dict[str | None, tuple[Any, ...]]:
         """Which of these events are in the log although no confirmation came: event id -> (partition, offset)."""
         wanted = {event.event_id for event in events}
-        found: dict[str | None, tuple[int, int]] = {}
+        found: dict[str | None, tuple[Any, ...]] = {}
         consumer = connect(
             KafkaConsumer, self._settings, lambda: self._stop.over(STOP_GRACE_SECONDS), auto_offset_reset="earliest"
         )
@@ -1265,7 +1204,7 @@ class Delivery:
                 for records in consumer.poll(timeout_ms=100).values():
                     for record in records:
                         if (event_id := event_id_of(record)) in wanted:
-                            found[event_id] = (record.partition, record.offset)
+                            found[event_id] = (record.topic, record.partition, None, record.offset)
         except KafkaError as error:
             log.warning("The log cannot be read back (%s): events sent again may be there twice", type(error).__name__)
         finally:
@@ -1334,6 +1273,19 @@ class Delivery:
     def unconfirmed_ranges(self) -> str:
         """The sequences of what is unconfirmed, as closed ranges."""
         return format_ranges(event.sequence for event, _ in self._pending)
+
+
+def _is_refusal(future: Future) -> bool:
+    """Whether a failed future's own event was refused by Kafka, and did not just fail along with another.
+
+    The client marks a batch that the broker refused by the base offset None, and one that it gave up itself by -1.
+    A broker that knows which records of a batch are bad gives the others a bare KafkaError.
+    """
+    batch = getattr(future, "_produce_future", None)
+    given_up = batch is not None and batch.is_done and batch.value[0] is not None
+    return isinstance(future.exception, errors.BrokerResponseError) and not (
+        given_up or isinstance(future.exception, _PRODUCER_STATE)
+    )
 
 
 def _waitable(future: Future) -> bool:
@@ -1425,9 +1377,9 @@ def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
     if settings.metrics_port is None:
         yield
         return
-    registry = CollectorRegistry()
+    registry = prometheus.CollectorRegistry()
     registry.register(type("Collector", (), {"collect": staticmethod(tally.metrics)})())  # type: ignore[arg-type]
-    metrics = make_wsgi_app(registry)
+    metrics = prometheus.make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
