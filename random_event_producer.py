@@ -91,7 +91,8 @@ REPEAT_SECONDS = 30.0  # between two lines about a trouble that goes on
 TOTAL_SECONDS = 3.0  # between two "Total events sent" lines
 SLICE_SECONDS = 0.1  # the longest wait that does not look at the stop flag
 FAST_INTERVAL = 0.1  # seconds; faster than this, events are batched and logged at DEBUG only
-BATCH_LINGER_MS = 50  # at a fast pace: a batch costs 2 ms of CPU however small it is
+# A batch costs 2 ms of CPU however small it is: a slow pace can afford that, for confirmation without delay.
+SLOW_LINGER_MS, FAST_LINGER_MS, FULL_SPEED_LINGER_MS = 0, 50, 100
 BURST = 250  # events between two looks at confirmations and signals
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
 PROBE_SECONDS = 3.0  # for one broker to answer a connection, a TLS handshake, a login
@@ -1025,27 +1026,31 @@ class Delivery:
 
     def open(self, given_up: Callable[[], bool]) -> bool:
         """Connect and wait for the topic. False once `given_up()`; raises GiveUp."""
-        fast = self._settings.interval_seconds < FAST_INTERVAL
+        self._tally.connected, self._tally.trouble = False, "Kafka is not reached yet"
+
+        def turn() -> bool:
+            self._tally.turned_at = time.monotonic()
+            return given_up()
+
         self._producer = connect(
             KafkaProducer,
             self._settings,
-            given_up,
+            turn,
             client_id="random-event-producer",
             acks="all",
             enable_idempotence=True,
             delivery_timeout_ms=math.inf,  # a batch that expires would wedge the idempotent client for ever
             max_block_ms=500,
             batch_size=262_144,
-            linger_ms=BATCH_LINGER_MS if fast else 0,
+            linger_ms=_linger_ms(self._settings.interval_seconds),
             compression_type=None if self._settings.kafka_compression == "none" else self._settings.kafka_compression,
         )
-        return self._producer is not None and self._await_topic(given_up)
+        return self._producer is not None and self._await_topic(turn)
 
     def _await_topic(self, given_up: Callable[[], bool]) -> bool:
         limit = self._settings.connect_timeout_seconds or math.inf
         started, trouble = time.monotonic(), Trouble()
         while not given_up():
-            self._tally.turned_at = time.monotonic()
             try:
                 self._partitions = len(self._producer.partitions_for(self._topic))  # type: ignore[union-attr]
                 self._progress = time.monotonic()
@@ -1097,7 +1102,7 @@ class Delivery:
         self._confirmed(done, now)
         if pending and now - max(self._swept, pending[0][0].due) >= 1.0:
             self._sweep(now)
-        if pending and pending[0][1].is_done and not self._too_late():
+        if self._pending and self._pending[0][1].failed() and not self._too_late():
             self._replace_producer()
         self._tally.unconfirmed = len(self._pending)
         self._tally.turned_at = now
@@ -1239,6 +1244,10 @@ class Delivery:
     def unconfirmed_ranges(self) -> str:
         """The sequences of what is unconfirmed."""
         return format_ranges(event.sequence for event, _ in self._pending)
+
+
+def _linger_ms(interval: float) -> int:
+    return SLOW_LINGER_MS if interval >= FAST_INTERVAL else FAST_LINGER_MS if interval else FULL_SPEED_LINGER_MS
 
 
 def _is_refusal(future: Future) -> bool:
