@@ -555,7 +555,7 @@ class RandomEventProducer:
         bits = self._bits
         user_id, key = self._users[bits(32) % len(self._users)]
         event_type = self.event_types[bits(32) % len(self.event_types)]
-        millisecond, rest = divmod(self._clock() // 1000, 1000)
+        millisecond, rest = divmod(self._clock(), 1_000_000)
         if millisecond != self._millisecond:  # the text of a millisecond is made once
             self._millisecond = millisecond
             second, fraction = divmod(millisecond, 1000)
@@ -564,7 +564,7 @@ class RandomEventProducer:
             {
                 "user_id": user_id,
                 "event_type": event_type,
-                "timestamp": self._time_text + _THREE_DIGITS[rest],
+                "timestamp": self._time_text + _THREE_DIGITS[rest // 1000],
                 "metadata": self._generate_metadata(event_type),
             }
         )
@@ -667,16 +667,15 @@ class Tally:
         self.trouble = "Kafka is not reached yet"
         self.turned_at = time.monotonic()  # when the loop last turned over
 
-    def confirmed(self, events: Iterable[Event], now: float) -> None:
+    def confirmed(self, events: Sequence[Event], now: float) -> None:
         """Count events that Kafka has confirmed by `now` (monotonic)."""
-        sent, latency, bounds = self.sent, self.latency, self.BOUNDS
-        for event in events:
-            sent[event.event_type] += 1
-            seconds = now - event.due
+        latency, bounds = self.latency, self.BOUNDS
+        waits = [now - event.due for event in events]
+        for seconds in waits:
             latency[bisect_left(bounds, seconds)] += 1
-            self.latency_sum += seconds
-            if seconds > self.latency_max:
-                self.latency_max = seconds
+        self.sent.update([event.event_type for event in events])
+        self.latency_sum += sum(waits)
+        self.latency_max = max(self.latency_max, *waits)
 
     @property
     def total_sent(self) -> int:
@@ -1017,6 +1016,7 @@ class Delivery:
         self._barren = 0  # producers in a row that had nothing confirmed
         self._progress = time.monotonic()  # when something was last confirmed
         self._swept = 0.0
+        self._looked = 0.0
         self._lost_at = 0.0  # when Kafka stopped confirming; 0: it has not
         self._waited = 0
         self._complaint = Trouble()
@@ -1120,11 +1120,12 @@ class Delivery:
         self._progress = now
         self._barren = 0
         self._tally.confirmed([event for event, _ in entries], now)
+        acknowledged, on_confirmed = self._acknowledged, self._on_confirmed
         for event, future in entries:
-            _, partition, _, offset, *_ = future.value
-            self._acknowledged[partition] = offset
-            if self._on_confirmed:
-                self._on_confirmed(event, partition, offset)
+            metadata = future.value  # topic, partition, topic_partition, offset, ...
+            acknowledged[metadata[1]] = metadata[3]
+            if on_confirmed:
+                on_confirmed(event, metadata[1], metadata[3])
 
     def _failed(self, event: Event, error: Exception) -> None:
         name = _error_name(error)
@@ -1188,8 +1189,12 @@ class Delivery:
     # -- how it goes
 
     def watch(self) -> None:
-        """Notice that Kafka has stopped confirming, or confirms again; say so."""
+        """Notice added partitions, and that Kafka has stopped confirming or confirms again; say so."""
         now = time.monotonic()
+        if now - self._looked >= 1.0:
+            self._looked = now
+            with contextlib.suppress(KafkaError):  # from the client's cache, which it refreshes every 10 s
+                self._partitions = len(self._producer.partitions_for(self._topic))  # type: ignore[union-attr]
         quiet = now - max(self._progress, self._pending[0][0].due) if self._pending else 0.0
         if quiet >= STALLED_SECONDS:
             if not self._lost_at:
