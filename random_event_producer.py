@@ -254,6 +254,8 @@ class Settings(BaseSettings):
     @field_validator("kafka_ssl_key_password")
     @classmethod
     def _key_fits(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value and info.data.get("kafka_ssl_keyfile", value) is None:
+            raise ValueError("no use without KAFKA_SSL_KEYFILE")
         if info.data.get("kafka_ssl_certfile") and "kafka_ssl_keyfile" in info.data:
             _tls_context(None, info.data["kafka_ssl_certfile"], info.data["kafka_ssl_keyfile"], value)
         return value
@@ -287,7 +289,9 @@ class Settings(BaseSettings):
         allowed = cls._allowed(name)
         given = "not set" if input is None else "a secret" if "password" in name else repr(str(input))
         if more["type"] == "value_error":
-            given += f", {more['ctx']['error']}"
+            given += f", {(why := str(more['ctx']['error']))}"
+            if why.startswith("KAFKA_"):  # found here, but another variable's fault
+                return why
         return f"{name.upper()}: {given}; allowed: {allowed}"
 
     @classmethod
@@ -319,11 +323,11 @@ def _tls_context(
             context.load_cert_chain(certfile, keyfile, password=lambda: secret)
     except (ssl.SSLError, OSError) as error:
         if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
-            raise ValueError("KAFKA_SSL_KEYFILE is not the key of KAFKA_SSL_CERTFILE") from None
+            raise ValueError(f"KAFKA_SSL_KEYFILE: '{keyfile}', not the key of KAFKA_SSL_CERTFILE={certfile}") from None
         if keyfile and b"ENCRYPTED" in keyfile.read_bytes():
             raise ValueError("does not open the encrypted key in KAFKA_SSL_KEYFILE") from None
-        what = f"{certfile} or {keyfile or 'its key'}" if certfile else str(cafile)
-        raise ValueError(f"{what} is not usable PEM ({getattr(error, 'reason', None) or error})") from None
+        what = f"KAFKA_SSL_KEYFILE or KAFKA_SSL_CERTFILE={certfile} without key" if certfile else f"{cafile}"
+        raise ValueError(f"{what}: not usable PEM ({getattr(error, 'reason', None) or error})") from None
     return context
 
 
@@ -790,9 +794,11 @@ class _Probe:
         connection = socket.create_connection(self._address, PROBE_SECONDS)
         try:
             return tls.wrap_socket(connection, server_hostname=self._address[0]) if tls else connection
-        except BaseException:
-            connection.close()
-            raise
+        except TimeoutError:
+            raise NotYet(f"{self._at} does not answer a TLS handshake within {PROBE_SECONDS:g} s") from None
+        finally:
+            if tls:
+                connection.close()  # the wrapped one has taken it over, or has failed
 
     @staticmethod
     def _ask(connection: socket.socket, request: Any, answer: Any) -> Any:
@@ -855,7 +861,7 @@ class _Probe:
             with self._connection(tls) as connection:
                 if not tls:
                     self._ask(connection, sasl.SaslHandshakeRequest(mechanism="PLAIN"), sasl.SaslHandshakeResponse)
-        except OSError as error:
+        except (OSError, NotYet) as error:
             return "ALERT" in (getattr(error, "reason", "") or "")  # an alert is TLS too
         return True
 
