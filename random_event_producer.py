@@ -20,6 +20,13 @@ settings -> generator -> pace -> delivery -> confirmation -> tally -> log, metri
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # a stop while the libraries load: nothing was made, so there is nothing to say
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda *_: os._exit(0))
+
 import contextlib
 import ctypes
 import functools
@@ -27,11 +34,9 @@ import gc
 import itertools
 import logging
 import math
-import os
 import random
 import re
 import secrets
-import signal
 import socket
 import ssl
 import subprocess
@@ -1356,6 +1361,11 @@ class _QuietHandler(WSGIRequestHandler):
         pass
 
 
+class _QuietServer(ThreadingWSGIServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.debug("%s:%d left before its answer", *client_address[:2])
+
+
 @contextlib.contextmanager
 def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
     """Serve /metrics, /healthz and /readyz on METRICS_PORT, if that is set. Raises BadConfiguration."""
@@ -1380,7 +1390,7 @@ def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
 
     host, port = settings.metrics_host, settings.metrics_port
     try:
-        server = make_server(host, port, app, ThreadingWSGIServer, _QuietHandler)
+        server = make_server(host, port, app, _QuietServer, _QuietHandler)
     except OSError as error:
         raise BadConfiguration(f"METRICS_PORT: {host}:{port} cannot be used: {error.strerror or error}") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()

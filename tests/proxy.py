@@ -1,0 +1,258 @@
+"""A TCP proxy that makes a network misbehave, between a real client and a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import Coroutine
+from typing import Any, Self
+
+from brokers import HOST, free_port
+
+CHUNK = 65536
+SLICES_PER_SECOND = 20
+Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Proxy:
+    """127.0.0.1:`port` -> 127.0.0.1:`target_port`; each fault holds, for open connections too, until the next.
+
+    A fault replaces the one before; `passthrough()` ends it. `connections` counts those accepted so far,
+    `dropped` the responses lost so far.
+    """
+
+    def __init__(self, target_port: int, port: int | None = None) -> None:
+        self.target_port = target_port
+        self.port = port or free_port()
+        self.connections = 0
+        self.dropped = 0
+        self._reset()
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cutter: asyncio.Task[None] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy-{self.port}", daemon=True)
+        self._thread.start()
+        self._do(self._listen())
+
+    def _reset(self) -> None:
+        self._delay = 0.0
+        self._loss = 0.0
+        self._rate = 0.0
+        self._closing = False
+        self._hanging = False
+
+    # The faults
+
+    def passthrough(self) -> None:
+        """No fault. What a black hole has swallowed comes through now, as TCP would send it again."""
+        self._do(self._change())
+
+    def refuse(self) -> None:
+        """Nobody listens any more, and open connections end: a broker that went away."""
+        self._do(self._change(listen=False))
+
+    def accept_and_close(self) -> None:
+        """As Docker's port proxy does while the broker inside is not up."""
+        self._do(self._change(_closing=True))
+
+    def hang(self) -> None:
+        """Connections are accepted, nothing goes through."""
+        self._do(self._change(_hanging=True))
+
+    def delay(self, seconds: float) -> None:
+        """In each direction; how much goes through in a second stays the same."""
+        self._do(self._change(_delay=seconds))
+
+    def drop_responses(self, probability: float, seed: int = 0) -> None:
+        """The broker has done what was asked, the connection breaks before the client hears of it.
+
+        A response cannot get lost alone: TCP has no holes, and a client that misses one number in the
+        order of its requests gives the connection up. Not for TLS, where responses cannot be seen.
+        """
+        self._random = random.Random(seed)
+        self._do(self._change(_loss=probability))
+
+    def cut(self) -> None:
+        """Resets all connections once; the fault of the moment goes on."""
+        self._do(self._cut())
+
+    def cut_every(self, seconds: float) -> None:
+        self._do(self._change(cut_every=seconds))
+
+    def slow(self, bytes_per_second: float) -> None:
+        """For each connection and direction."""
+        self._do(self._change(_rate=bytes_per_second))
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._do(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # How
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _change(self, listen: bool = True, cut_every: float = 0, **fault: Any) -> None:
+        if self._cutter is not None:
+            self._cutter.cancel()
+            self._cutter = None
+        self._reset()
+        for name, value in fault.items():
+            setattr(self, name, value)
+        await (self._listen() if listen else self._unlisten())
+        if not listen or self._closing:
+            await self._cut()
+        if cut_every:
+            self._cutter = asyncio.create_task(self._cut_again(cut_every))
+
+    async def _listen(self) -> None:
+        if self._server is None:
+            self._server = await asyncio.start_server(self._accept, HOST, self.port)
+
+    async def _unlisten(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def _cut(self) -> None:
+        for writer in list(self._open):
+            writer.transport.abort()
+
+    async def _cut_again(self, seconds: float) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            await self._cut()
+
+    async def _end(self) -> None:
+        await self._change(listen=False)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.connections += 1
+        self._open.add(writer)
+        try:
+            if not self._closing:
+                await self._join((reader, writer))
+        except (OSError, asyncio.CancelledError):  # cancelled only by close(); the server would log it
+            pass
+        finally:
+            self._forget(writer)
+            self._tasks.discard(task)
+
+    async def _join(self, client: Stream) -> None:
+        await self._pass_gate()
+        broker = await asyncio.open_connection(HOST, self.target_port)
+        self._open.add(broker[1])
+        pumps = [
+            asyncio.create_task(self._pump(client[0], broker[1], responses=False)),
+            asyncio.create_task(self._pump(broker[0], client[1], responses=True)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            self._forget(broker[1])
+
+    def _forget(self, writer: asyncio.StreamWriter) -> None:
+        self._open.discard(writer)
+        writer.close()
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, responses: bool) -> None:
+        """Reading and writing apart, so that a delay is a delay and not a limit of one chunk at a time."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        reading = asyncio.create_task(self._read(source, queue))
+        try:
+            await self._write(queue, sink, _Frames() if responses else None)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _read(self, source: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+        chunk = b" "
+        while chunk:
+            with contextlib.suppress(ConnectionError):
+                chunk = b""
+                chunk = await source.read(CHUNK)
+            await queue.put((self._loop.time(), chunk))
+
+    async def _write(
+        self, queue: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter, frames: _Frames | None
+    ) -> None:
+        while True:
+            arrived, chunk = await queue.get()
+            if not chunk:
+                return
+            await asyncio.sleep(max(0, arrived + self._delay - self._loop.time()))
+            await self._pass_gate()
+            kept = self._survives(chunk, frames) if frames else len(chunk)
+            await self._send(sink, chunk[:kept])
+            if kept < len(chunk):
+                self.dropped += 1
+                return
+
+    def _survives(self, chunk: bytes, frames: _Frames) -> int:
+        """How many bytes go through: all, or those before the response that is lost."""
+        for start in frames.starts(chunk):
+            if self._loss and self._random.random() < self._loss:
+                return start
+        return len(chunk)
+
+    async def _send(self, sink: asyncio.StreamWriter, chunk: bytes) -> None:
+        while self._rate and chunk:
+            size = max(1, int(self._rate / SLICES_PER_SECOND))
+            sink.write(chunk[:size])
+            chunk = chunk[size:]
+            await sink.drain()
+            await asyncio.sleep(1 / SLICES_PER_SECOND)
+        sink.write(chunk)
+        await sink.drain()
+
+    async def _pass_gate(self) -> None:
+        while self._hanging:
+            await asyncio.sleep(0.02)
+
+
+class _Frames:
+    """Finds where Kafka's frames (four bytes of length, big endian, then the body) begin in a stream of chunks."""
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._body = 0
+
+    def starts(self, chunk: bytes) -> list[int]:
+        found = []
+        at = 0
+        while at < len(chunk):
+            if self._body:
+                step = min(self._body, len(chunk) - at)
+                self._body -= step
+            else:
+                if not self._header:
+                    found.append(at)
+                step = min(4 - len(self._header), len(chunk) - at)
+                self._header += chunk[at : at + step]
+                if len(self._header) == 4:
+                    self._body, self._header = int.from_bytes(self._header), b""
+            at += step
+        return found
