@@ -99,6 +99,7 @@ FAST_INTERVAL = 0.1  # seconds; faster than this, events are batched and logged 
 # A batch costs 2 ms of CPU however small it is: a slow pace can afford that, for confirmation without delay.
 SLOW_LINGER_MS, FAST_LINGER_MS, FULL_SPEED_LINGER_MS = 0, 50, 100
 BURST = 250  # events between two looks at confirmations and signals
+CREATION_SECONDS = 3.0  # that Kafka may take to create a topic by itself
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
 PROBE_SECONDS = 3.0  # for one broker to answer a connection, a TLS handshake, a login
 BARREN_PRODUCERS = 5  # this many producers in a row without one confirmation: give up
@@ -758,7 +759,7 @@ class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
 
         def reset_backoff(node_id: object) -> None:
             connection = manager._conns.get(node_id)
-            made = connection is None or connection.connected
+            made = connection is not None and connection.connected
             forget(node_id) if made else manager.update_backoff(node_id)
 
         manager.reset_backoff = reset_backoff
@@ -1072,8 +1073,11 @@ class Delivery:
             except errors.InvalidTopicError:
                 raise GiveUp(f"Kafka refuses the topic name {self._topic}: set KAFKA_TOPIC") from None
             except KafkaError:
-                if time.monotonic() - started >= limit:
+                waited = time.monotonic() - started
+                if waited >= limit:
                     raise GiveUp(f"topic {self._topic} is not there after {limit:g} s: create it") from None
+                if waited < CREATION_SECONDS:
+                    continue
                 trouble.say(
                     f"Topic {self._topic} does not exist, and Kafka does not create it. Waiting; to create it: kafka-"
                     f"topics.sh --bootstrap-server {self._settings.bootstrap_servers[0]} --create --topic {self._topic}"
@@ -1437,6 +1441,8 @@ def embedded_broker(settings: Settings) -> Iterator[None]:
         with socket.socket() as trial:
             while broker.poll() is None and trial.connect_ex(EMBEDDED_ADDRESS) != 0:
                 time.sleep(0.01)
+        if broker.poll() is not None:
+            raise GiveUp(f"the embedded broker ended at once, with code {broker.returncode}; {command[0]} shows why")
         yield
     finally:
         broker.kill()  # it holds nothing that a clean end would save
@@ -1453,6 +1459,7 @@ class Run:
         self._settings = settings
         self._stop = stop
         self._generator = generator
+        self._most = settings.max_events or sys.maxsize
         self._fast = settings.interval_seconds < FAST_INTERVAL
         self._level = logging.DEBUG if self._fast else logging.INFO
         self._tally = Tally(generator.event_types)
@@ -1472,6 +1479,8 @@ class Run:
                 if self._delivery.open(self._stop.over):
                     self._main_loop()
                     self._made_until = time.monotonic()
+                    if self._tally.made < self._most:
+                        self._skip(self._made_until)
                 self._delivery.drain()
             except GiveUp as reason:
                 log.error("%s", reason)
@@ -1482,19 +1491,17 @@ class Run:
 
     def _main_loop(self) -> None:
         tally, delivery, make = self._tally, self._delivery, self._generator.generate_event
-        most = self._settings.max_events or sys.maxsize
         self._pace = pace = Pace(self._settings.interval_seconds, time.monotonic(), self._settings.duration_seconds)
         log.info("Sending to topic %s, run %s", self._settings.kafka_topic, self._generator.run)
         gc.collect()
         gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
-        while not self._stop.requested and tally.made < most and not pace.finished(now := time.monotonic()):
+        while not self._stop.requested and tally.made < self._most and not pace.finished(now := time.monotonic()):
             delivery.settle()
             self._tick(now)
-            room = min(delivery.room, BURST, most - tally.made)
-            if room > 0 and (missed := pace.skip(now)):
-                tally.skipped += missed
-                self._behind.say(f"Behind the schedule: {missed} events skipped; the pace stays as asked for")
+            room = min(delivery.room, BURST, self._most - tally.made)
+            if room > 0:
+                self._skip(now)
             dues = pace.take(now, room)
             for due in dues:
                 tally.made += 1
@@ -1503,6 +1510,11 @@ class Run:
                 delivery.wait(math.inf)
             elif not dues:  # not less than a millisecond: shorter naps cost more than they space out
                 delivery.wait(min(pace.end, max(pace.due(), now + 0.001)))
+
+    def _skip(self, now: float) -> None:
+        if missed := self._pace.skip(now):
+            self._tally.skipped += missed
+            self._behind.say(f"Behind the schedule: {missed} events skipped; the pace stays as asked for")
 
     def _tick(self, now: float) -> None:
         """What is to be said now and then."""
@@ -1584,6 +1596,15 @@ class Run:
         )
 
 
+def show(text: str, stop: Stop) -> None:
+    """Print to standard output, at once. A reader that has gone (`| head`) is a wish to stop, not a traceback."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stop.request()
+
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -1600,11 +1621,11 @@ def run_script(
             raise BadConfiguration(f"unknown argument {unknown[0]!r}: settings are environment variables, see --help")
         if "--help" in arguments:
             usage = " ".join(f"[{option}]" for option in options)
-            print(f"Usage: python {name} {usage}\n\n{about.strip()}\n\nEnvironment variables:\n{settings_type.table()}")
+            show(f"Usage: python {name} {usage}\n\n{about.strip()}\n\nVariables:\n{settings_type.table()}", stop)
         elif "--version" in arguments:
-            print(f"{name} {__version__}")
+            show(f"{name} {__version__}", stop)
         elif "--schema" in arguments:
-            print(orjson.dumps(event_schema(), option=orjson.OPT_INDENT_2).decode())
+            show(orjson.dumps(event_schema(), option=orjson.OPT_INDENT_2).decode(), stop)
         else:
             settings = settings_type.load()
             start_logging(settings, stop)

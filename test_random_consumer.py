@@ -9,7 +9,6 @@ Exit code 0 when all is well, 1 when not (or when fewer than MAX_EVENTS came), 2
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 import time
@@ -434,7 +433,7 @@ def read(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop, s
         problems = [audit.add(record) for record in records]
         now = time.monotonic()
         if records and show:
-            say("".join(map(_line, records, problems)), stop)
+            tool.show("\n".join(map(_line, records, problems)), stop)
         elif not show and audit.events != told and now - told_at >= TOTAL_SECONDS:
             log.info("Events read: %d", audit.events)
             told, told_at = audit.events, now
@@ -460,21 +459,11 @@ def read_on(reader: Reader, audit: Audit) -> None:
 # --------------------------------------------------------------------------------------------------------- output
 
 
-def say(text: str, stop: Stop) -> None:
-    """To standard output, at once. A reader that has gone (`| head`) is a wish to stop, not a traceback."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        stop.request()
-
-
 def _line(record: Any, problem: str) -> str:
     key, value = ("none" if part is None else part.decode(errors="replace") for part in (record.key, record.value))
     note = f"  <- {problem}" if problem else ""
     line = f"partition {record.partition}, offset {record.offset}, key {key}: {value}{note}"
-    return (line if line.isprintable() else ascii(line)[1:-1]) + "\n"
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def summary(report: dict[str, Any], audit: Audit) -> str:
@@ -491,7 +480,7 @@ def summary(report: dict[str, Any], audit: Audit) -> str:
     faults |= {name: sum(run[name] for run in runs) for name in ("repeated", "reordered")}
     faults |= {name: report[name] for name in ("misplaced", "invalid")}
     counts = ", ".join(f"{name} {count}" for name, count in faults.items())
-    return "\n".join([*lines, f"{'OK' if report['ok'] else 'NOT OK'}: {counts}"]) + "\n"
+    return "\n".join([*lines, f"{'OK' if report['ok'] else 'NOT OK'}: {counts}"])
 
 
 def _run_line(run: dict[str, Any]) -> str:
@@ -521,7 +510,7 @@ def audit_topic(settings: ConsumerSettings, stop: Stop) -> int:
     finally:
         reader.close()
     report = audit.report()
-    say(orjson.dumps(report).decode() + "\n" if as_json else summary(report, audit), stop)
+    tool.show(orjson.dumps(report).decode() if as_json else summary(report, audit), stop)
     return int(gave_up or not report["ok"] or audit.events < (settings.max_events or 0))
 
 

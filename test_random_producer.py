@@ -22,6 +22,7 @@ from random_event_producer import (
     Tally,
     log,
     run_script,
+    show,
 )
 
 
@@ -45,7 +46,11 @@ def send_samples(settings: SampleSettings, stop: Stop) -> int:
     if settings.max_events < (least := len(generator.event_types)):
         raise BadConfiguration(f"MAX_EVENTS: {settings.max_events}; allowed: {least} or more, one event of each type")
     tally = Tally(generator.event_types)
-    delivery = Delivery(settings, tally, stop, on_confirmed=show)
+
+    def confirmed(event: Event, partition: int, offset: int) -> None:
+        show(f"partition {partition}, offset {offset}, key {event.key.decode()}: {event.value.decode()}", stop)
+
+    delivery = Delivery(settings, tally, stop, confirmed)
     try:
         if delivery.open(stop.over):
             for event in samples(generator, settings.max_events):
@@ -55,12 +60,8 @@ def send_samples(settings: SampleSettings, stop: Stop) -> int:
         log.error("%s", reason)
     finally:
         delivery.close()
-    print(f"{tally.total_sent} of {settings.max_events} events confirmed")
+    show(f"{tally.total_sent} of {settings.max_events} events confirmed", stop)
     return int(tally.total_sent != settings.max_events)
-
-
-def show(event: Event, partition: int, offset: int) -> None:
-    print(f"partition {partition}, offset {offset}, key {event.key.decode()}: {event.value.decode()}", flush=True)
 
 
 if __name__ == "__main__":
