@@ -1482,6 +1482,7 @@ class Run:
                     if self._tally.made < self._most:
                         self._skip(self._made_until)
                 self._delivery.drain()
+                self._advance_bar()
             except GiveUp as reason:
                 log.error("%s", reason)
                 gave_up = True
@@ -1521,11 +1522,10 @@ class Run:
         tally, (at, sent) = self._tally, self._reported
         self._delivery.watch()
         tally.behind = self._pace.behind(now)
+        self._advance_bar()
         if now - at < TOTAL_SECONDS:
             return
         total = tally.total_sent
-        if not self._bar.disable:
-            self._bar.update((total if self._settings.max_events else round(now - self._pace.start)) - self._bar.n)
         if total != sent:
             self._log_total((total - sent) / (now - at))
         self._reported = (now, total)
@@ -1560,6 +1560,11 @@ class Run:
                 yield
         else:
             yield
+
+    def _advance_bar(self) -> None:
+        if not self._bar.disable:
+            seconds = min(time.monotonic() - self._pace.start, self._settings.duration_seconds or 0)
+            self._bar.update((self._tally.total_sent if self._settings.max_events else round(seconds)) - self._bar.n)
 
     def _summary(self) -> None:
         tally, interval = self._tally, self._settings.interval_seconds
