@@ -1593,12 +1593,16 @@ class Run:
         log.info(
             f"Stopped: sent {tally.total_sent}, failed {tally.total_failed}, unconfirmed {tally.unconfirmed}"
             + (f" (sequences {missing})" if missing else "")
-            + f", sent again {tally.sent_again}, skipped {tally.skipped} in {seconds:.1f} s, {rate:.4g}/s of "
-            + (f"{1 / interval:.4g}/s" if interval else "as many as possible")
+            + f", sent again {tally.sent_again}, skipped {tally.skipped} in {seconds:.1f} s, {_rate(rate)} of "
+            + (_rate(1 / interval) if interval else "as many as possible")
             + f" asked, confirmed within p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms, "
             + f"max {1000 * tally.latency_max:.1f} ms, run {self._generator.run}",
             extra={"fields": fields},
         )
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.4g}/s" if per_second < 1000 else f"{per_second:.0f}/s"
 
 
 def show(text: str, stop: Stop) -> None:
