@@ -1099,10 +1099,10 @@ class Delivery:
                 self._topic, event.value, event.key, event.headers, partition, event.timestamp_ms
             )
         except (errors.KafkaTimeoutError, ValueError):  # the topic has vanished
+            self._pending.append((event, Future()))
             if self._await_topic(self._stop.over):
+                self._pending.pop()
                 self.send(event)
-            else:
-                self._pending.append((event, Future()))
         except errors.MessageSizeTooLargeError as error:  # the client's own limit; it lives on
             self._failed(event, error)
         else:
@@ -1486,7 +1486,8 @@ class Run:
             except GiveUp as reason:
                 log.error("%s", reason)
                 gave_up = True
-            self._delivery.close()
+            finally:
+                self._delivery.close()
         self._summary()
         return int(gave_up or self._tally.total_sent < self._tally.made)
 
@@ -1505,8 +1506,9 @@ class Run:
                 self._skip(now)
             dues = pace.take(now, room)
             for due in dues:
+                event = make(due)
                 tally.made += 1
-                delivery.send(make(due))
+                delivery.send(event)
             if room <= 0:
                 delivery.wait(math.inf)
             elif not dues:  # not less than a millisecond: shorter naps cost more than they space out
