@@ -102,7 +102,7 @@ BURST = 250  # events between two looks at confirmations and signals
 CREATION_SECONDS = 3.0  # that Kafka may take to create a topic by itself
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
 PROBE_SECONDS = 3.0  # for one broker to answer a connection, a TLS handshake, a login
-BARREN_PRODUCERS = 5  # this many producers in a row without one confirmation: give up
+BARREN_PRODUCERS, BARREN_SECONDS = 5, 5.0  # this many in a row, so long without one confirmation: give up
 HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
 
 
@@ -748,21 +748,24 @@ _NOT_TRUSTED = {  # by OpenSSL's X509_V_ERR numbers
 
 
 class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
-    """Two repairs of the client (3.0.12). Its sender takes this delay, in seconds and 0 while connecting, for
-    milliseconds: 40 % of a core against a silent broker. And a refused login counts as a connection made, so that the
-    backoff starts anew: a storm of logins."""
+    """Three repairs of the client (3.0.12), each of which cost up to a whole core while Kafka was away: a refused login
+    counts as a connection made, so that its backoff starts anew; asking for metadata that is asked for already wakes
+    the network thread at once; the sender takes the delay of a connection, in seconds and 0 on its way, for ms."""
 
     def __init__(self, *args: Any, **configs: Any) -> None:
         super().__init__(*args, **configs)
-        manager = self._manager
-        forget = manager.reset_backoff
+        manager, cluster = self._manager, self._manager.cluster
+        forget, ask = manager.reset_backoff, cluster.request_update
 
         def reset_backoff(node_id: object) -> None:
             connection = manager._conns.get(node_id)
-            made = connection is not None and connection.connected
-            forget(node_id) if made else manager.update_backoff(node_id)
+            forget(node_id) if connection is not None and connection.connected else manager.update_backoff(node_id)
 
-        manager.reset_backoff = reset_backoff
+        def request_update() -> Future:
+            asked = cluster._future
+            return asked if cluster._need_update and asked and not asked.is_done else ask()
+
+        manager.reset_backoff, cluster.request_update = reset_backoff, request_update
 
     def connection_delay(self, node_id: object) -> float:
         return max(50.0, 1000 * float(super().connection_delay(node_id)))
@@ -1026,7 +1029,8 @@ class Delivery:
         self._pending: deque[tuple[Event, Future]] = deque()
         self._acknowledged: dict[int, int] = {}  # partition -> last offset
         self._barren = 0  # producers in a row that had nothing confirmed
-        self._progress = time.monotonic()  # when something was last confirmed
+        self._confirmed_at = time.monotonic()  # when something last was
+        self._progress = time.monotonic()  # the same, or when the client was ready
         self._swept = 0.0
         self._looked = 0.0
         self._lost_at = 0.0  # when Kafka stopped confirming; 0: it has not
@@ -1132,7 +1136,7 @@ class Delivery:
     def _confirmed(self, entries: list[tuple[Event, Future]], now: float) -> None:
         if not entries:
             return
-        self._progress = now
+        self._progress = self._confirmed_at = now
         self._barren = 0
         self._tally.confirmed([event for event, _ in entries], now)
         acknowledged, on_confirmed = self._acknowledged, self._on_confirmed
@@ -1162,10 +1166,10 @@ class Delivery:
                 self._failed(event, future.exception)
             else:
                 self._pending.append((event, Future()))  # unconfirmed, should a stop come now
-        if self._barren >= BARREN_PRODUCERS:
+        if self._barren >= BARREN_PRODUCERS and time.monotonic() - self._confirmed_at >= BARREN_SECONDS:
             name = _error_name(entries[0][1].exception)
             raise GiveUp(f"nothing gets through any more: {name}, {_HINTS.get(name, entries[0][1].exception)}")
-        sleep_until(time.monotonic() + 0.1 * 2**self._barren, self._too_late)
+        sleep_until(time.monotonic() + 0.2, self._too_late)
         if self.open(self._too_late):
             events, self._pending = [event for event, _ in self._pending], deque()
             stored = self._stored(events) if events else {}
