@@ -130,7 +130,8 @@ class Stop:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
+        # Not one Ctrl+C that arrives twice: `timeout` and others send it to the process and to its group.
+        if self.requested and number == signal.SIGINT and time.monotonic() - self._at > 0.2:
             os._exit(130)
         self.request()
 

@@ -440,8 +440,8 @@ SCENARIOS = (
     Scenario("absent at the start", started_late, end="SIGINT", from_start=True),
     Scenario("topic created late", topic_late, from_start=True, partitions=0, slow=False),
     Scenario("partitions 1 to 4", enlarged, partitions=1),
-    Scenario("responses lost, 30 %", proxied(6, lambda proxy: proxy.drop_responses(0.3)), slow=False, **PROXIED),
-    Scenario("cut every 0.5 s", proxied(6, lambda proxy: proxy.cut_every(0.5)), end="SIGINT", slow=False, **PROXIED),
+    Scenario("responses lost, 30 %", proxied(6, lambda proxy: proxy.drop_responses(0.3)), **PROXIED),
+    Scenario("cut every 0.5 s", proxied(6, lambda proxy: proxy.cut_every(0.5)), end="SIGINT", **PROXIED),
     Scenario("black hole 12 s", proxied(12, Proxy.hang), outage=12, **PROXIED),
     Scenario("slow link", proxied(8, lambda proxy: proxy.slow(200_000)), end="SIGINT", **PROXIED),
     Scenario("accepted and closed at once", proxied(4, Proxy.accept_and_close), slow=False, **PROXIED),
@@ -583,6 +583,7 @@ def test_refused_among_others(lab: Lab, table: list[Row]) -> None:
     judge_refusals(lab, script, "too large, one to a batch", "10/s", table)
 
 
+@pytest.mark.slow
 def test_refused_among_others_at_full_speed(lab: Lab, table: list[Row], tmp_path: Path) -> None:
     large = tmp_path / "large.py"
     large.write_text(LARGE_EVENTS.format(root=str(ROOT)))
