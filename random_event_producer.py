@@ -357,7 +357,7 @@ def _real_time(text: str) -> str:
 
 
 class _Exact(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)  # the producer starts without them
 
 
 Page = Annotated[str, Field(pattern="^/")]
@@ -440,7 +440,8 @@ _EVENT: TypeAdapter[Any] = TypeAdapter(
         | Annotated[ProductViewEvent, Tag("product_view")]
         | Annotated[CustomEvent, Tag("custom")],
         Discriminator(_which),
-    ]
+    ],
+    config=ConfigDict(defer_build=True),
 )
 
 
