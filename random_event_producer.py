@@ -143,10 +143,6 @@ class Stop:
         """True when a stop was asked for at least `grace` seconds ago."""
         return self.requested and time.monotonic() >= self._at + grace
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep, unless a stop is asked for."""
-        sleep_until(time.monotonic() + seconds, self.over)
-
 
 # ------------------------------------------------------------------------------------------------------ settings
 
