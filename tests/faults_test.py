@@ -381,9 +381,8 @@ def frozen(seconds: float) -> Callable[[Lab], None]:
 
 def stopped(lab: Lab) -> None:
     lab.kafka.stop()
-    at = lab.watch.sent
     time.sleep(5)
-    assert lab.watch.sent == at, "it was not stopped"
+    assert lab.watch.pause > 3, "it was not stopped"  # what it had confirmed may be counted a moment later
     lab.kafka.start_node()
 
 
