@@ -1281,7 +1281,7 @@ class Delivery:
 
     def unconfirmed_ranges(self) -> str:
         """The sequences of what is unconfirmed."""
-        return format_ranges(event.sequence for event, _ in self._pending)
+        return format_ranges(ranges_of(event.sequence for event, _ in self._pending))
 
 
 def _linger_ms(interval: float) -> int:
@@ -1321,14 +1321,17 @@ def _end(producer: KafkaProducer | None, seconds: float) -> None:
     producer._sender.join(2.0)
 
 
-def format_ranges(numbers: Iterable[int], most: int = 20) -> str:
-    """`[1, 2, 3, 7]` as `1-3, 7`; cut after `most` ranges."""
-    ranges: list[list[int]] = []
+def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """`[1, 2, 3, 7]` as closed ranges, `[(1, 3), (7, 7)]`."""
+    ranges: list[tuple[int, int]] = []
     for number in sorted(numbers):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
+        first = ranges.pop()[0] if ranges and number == ranges[-1][1] + 1 else number
+        ranges.append((first, number))
+    return ranges
+
+
+def format_ranges(ranges: Sequence[tuple[int, int]], most: int = 20) -> str:
+    """`[(1, 3), (7, 7)]` as `1-3, 7`; cut after `most` ranges."""
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:most]]
     return ", ".join(texts) + (", ..." if len(ranges) > most else "")
 

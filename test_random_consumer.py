@@ -484,8 +484,7 @@ def summary(report: dict[str, Any], audit: Audit) -> str:
 
 
 def _run_line(run: dict[str, Any]) -> str:
-    shown = [str(first) if first == last else f"{first}-{last}" for first, last in run["missing"][:20]]
-    missing = f" ({', '.join(shown)}{', ...' if len(run['missing']) > 20 else ''})" if shown else ""
+    missing = f" ({tool.format_ranges(run['missing'])})" if run["missing"] else ""
     cut = f"; judged from {bound} on, the topic does not go back further" if (bound := run["truncated_before"]) else ""
     return (
         f"Run {run['run']}: {run['events']} events, sequences {run['first']} to {run['last']}, missing "

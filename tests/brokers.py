@@ -188,7 +188,28 @@ class _Node:
         return self.process is not None and self.process.poll() is None
 
 
-class ApacheKafka:
+class _Broker:
+    """Runs while its `with` block does."""
+
+    def start(self, timeout: float = 90) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ApacheKafka(_Broker):
     """A KRaft cluster of combined nodes, each a JVM of its own.
 
     Every node has the listener INTERNAL, at `direct`, for the tests' own eyes and never advertised
@@ -299,17 +320,6 @@ class ApacheKafka:
             self._signal(node, signal.SIGKILL)
         for node in self._nodes:
             self._end(node, signal.SIGKILL)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     # How
 
@@ -475,7 +485,7 @@ def _broker_ids(body: bytes, count: int) -> Iterator[int]:
 # --- Tansu ----------------------------------------------------------------------------------------
 
 
-class Tansu:
+class Tansu(_Broker):
     """The embedded broker: up in milliseconds, everything in memory."""
 
     def __init__(self, port: int | None = None) -> None:
@@ -504,17 +514,6 @@ class Tansu:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 # --- administration -------------------------------------------------------------------------------
