@@ -779,8 +779,14 @@ class _SteadyNetClient(KafkaNetClient):  # type: ignore[misc]
 
 
 class _Producer(KafkaProducer):  # type: ignore[misc]
-    def __str__(self) -> str:  # send() makes this text for a debug line, every time
+    """Spares what send() does for every record, at 5 % of its time: a text for a debug line, and the size by summing up
+    the record's fields, where a bound will do."""
+
+    def __str__(self) -> str:
         return "producer"
+
+    def _estimate_size_in_bytes(self, key: bytes, value: bytes, _headers: object = None) -> int:
+        return len(key) + len(value) + 200  # an event_id and the record's own overhead take about 80
 
 
 class _Probe:

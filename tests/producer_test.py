@@ -761,6 +761,19 @@ def test_own_type_in_five_lines(run_script: RunScript, schema: Any, tmp_path: Pa
             assert 1 <= event["metadata"]["total"] <= 9
 
 
+def test_larger_than_the_client_takes(run_script: RunScript, tmp_path: Path, tansu: Tansu, topic: str) -> None:
+    """The client refuses it itself (max_request_size); it counts as failed and the others get through."""
+    shop = tmp_path / "shop.py"
+    shop.write_text(OWN_TYPE.replace("{metadata}", '{"text": "x" * 1_100_000}'))
+    settings = {"PYTHONPATH": ROOT, "KAFKA_BROKER": tansu.bootstrap, "KAFKA_TOPIC": topic, "SEED": "large"}
+    script = run_script(str(shop), INTERVAL_SECONDS=0, MAX_EVENTS=40, **settings)
+    assert script.wait() == 1, script.tail()
+    sent = len(read_all(tansu.direct, topic))
+    assert 0 < sent < 40
+    assert re.search(rf"Stopped: sent {sent}, failed {40 - sent}, unconfirmed 0, sent again 0,", script.tail())
+    assert re.search("Kafka refuses event .*: MessageSizeTooLargeError, .*It counts as failed", script.stderr)
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
