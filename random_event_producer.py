@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import orjson
@@ -477,17 +477,11 @@ def event_id_of(record: Any) -> str | None:
 # ----------------------------------------------------------------------------------------------------- generator
 
 
-class Product(NamedTuple):
-    product_id: str
-    category: str
-    price: float
-
-
 CATEGORIES = ("electronics", "clothing", "books", "home", "sports", "beauty", "toys", "grocery")
 PAGES = ("/home", "/products", "/search", "/cart", "/deals", "/product-detail")
-# The same catalogue in every process and for ever: a product has one category and one price.
+# product_id, category, price: the same catalogue in every process and for ever.
 PRODUCTS = tuple(
-    Product(f"PROD-{number:04}", CATEGORIES[number % len(CATEGORIES)], (number * 7919 % 49_500 + 499) / 100)
+    (f"PROD-{number:04}", CATEGORIES[number % len(CATEGORIES)], (number * 7919 % 49_500 + 499) / 100)
     for number in range(1, 1001)
 )
 DEVICES: tuple[str, ...] = Device.__args__  # type: ignore[attr-defined]
@@ -501,20 +495,20 @@ class Event:
     event_type: str
     key: bytes
     value: bytes
-    headers: list[tuple[str, bytes]]
+    header: bytes  # the value of event_id
     timestamp_ms: int
     due: float
 
     @property
     def event_id(self) -> str:
-        return self.headers[0][1].decode()
+        return self.header.decode()
 
     @property
     def sequence(self) -> int:
         return int(self.event_id.partition(":")[2])
 
 
-_THREE_DIGITS = tuple(b"%03d" % number for number in range(1000))
+_MICROSECONDS = tuple(b'%03d","metadata":' % number for number in range(1000))
 _json_text = functools.cache(orjson.dumps)
 
 
@@ -562,8 +556,8 @@ class RandomEventProducer:
     def generate_event(self, due: float = 0.0) -> Event:
         """The next event: random user and type, the clock's time, the next sequence number."""
         bits = self._bits
-        key = self._keys[bits(32) % len(self._keys)]
-        event_type = self.event_types[bits(32) % len(self.event_types)]
+        key = self._keys[bits(30) % len(self._keys)]
+        event_type = self.event_types[bits(30) % len(self.event_types)]
         rest = self._clock() - self._began
         if not 0 <= rest < 1_000_000:
             rest = self._begin_millisecond(self._began + rest)
@@ -572,51 +566,52 @@ class RandomEventProducer:
             key,
             b',"event_type":',
             _json_text(event_type),
-            b',"timestamp":"',
             self._time_text,
-            _THREE_DIGITS[rest // 1000],
-            b'","metadata":',
+            _MICROSECONDS[rest // 1000],
             orjson.dumps(self._generate_metadata(event_type)),
             b"}",
         )
-        headers = [("event_id", self._id_format % next(self._numbers))]
-        return Event(event_type, key, b"".join(parts), headers, self._millisecond, due)
+        header = self._id_format % next(self._numbers)
+        return Event(event_type, key, b"".join(parts), header, self._millisecond, due)
 
     def _begin_millisecond(self, now: int) -> int:
         """Make the text of a millisecond, once; the nanoseconds that are left of it."""
         self._millisecond, rest = divmod(now, 1_000_000)
         self._began = now - rest
         second, fraction = divmod(self._millisecond, 1000)
-        self._time_text = time.strftime(f"%Y-%m-%dT%H:%M:%S.{fraction:03}", time.gmtime(second)).encode()
+        text = time.strftime(f',"timestamp":"%Y-%m-%dT%H:%M:%S.{fraction:03}', time.gmtime(second))
+        self._time_text = text.encode()
         return rest
 
     def _generate_metadata(self, event_type: str) -> dict[str, Any]:
-        bits = self._bits  # bits(32) % n: 0 to n - 1, several times faster than randrange(n)
+        bits = (
+            self._bits
+        )  # bits(30) % n: 0 to n - 1, several times faster than randrange(n); 30 bits are the fastest integers
         if event_type == "add_to_cart":
-            product = PRODUCTS[bits(32) % 1000]
+            product_id, _, price = PRODUCTS[bits(30) % 1000]
             return {
-                "product_id": product.product_id,
-                "quantity": 1 + bits(32) % 5,
-                "price": product.price,
-                "session_length": (5 + bits(32) % 600) / 10,
-                "page": PAGES[bits(32) % 6],
+                "product_id": product_id,
+                "quantity": 1 + bits(30) % 5,
+                "price": price,
+                "session_length": (5 + bits(30) % 600) / 10,
+                "page": PAGES[bits(30) % 6],
             }
         if event_type == "bounce":
             return {
-                "page": PAGES[bits(32) % 6],
-                "session_length": (1 + bits(32) % 19) / 10,
-                "referrer": REFERRERS[bits(32) % 5],
-                "device": DEVICES[bits(32) % 3],
+                "page": PAGES[bits(30) % 6],
+                "session_length": (1 + bits(30) % 19) / 10,
+                "referrer": REFERRERS[bits(30) % 5],
+                "device": DEVICES[bits(30) % 3],
             }
         if event_type == "product_view":
-            product = PRODUCTS[bits(32) % 1000]
+            product_id, category, price = PRODUCTS[bits(30) % 1000]
             return {
-                "product_id": product.product_id,
-                "category": product.category,
-                "price": product.price,
-                "view_duration": (10 + bits(32) % 3000) / 10,
+                "product_id": product_id,
+                "category": category,
+                "price": price,
+                "view_duration": (10 + bits(30) % 3000) / 10,
                 "page": "/product-detail",
-                "device": DEVICES[bits(32) % 3],
+                "device": DEVICES[bits(30) % 3],
             }
         raise NotImplementedError(f"add a branch for {event_type!r} to _generate_metadata")
 
@@ -1119,7 +1114,8 @@ class Delivery:
         for number, event in enumerate(events):
             try:
                 partition = key_hash(event.key) % partitions
-                future = send(topic, event.value, event.key, event.headers, partition, event.timestamp_ms)
+                headers = [("event_id", event.header)]
+                future = send(topic, event.value, event.key, headers, partition, event.timestamp_ms)
             except (errors.KafkaTimeoutError, ValueError):  # the topic has vanished
                 rest = events[number:]
                 pending.extend((event, Future()) for event in rest)
