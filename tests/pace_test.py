@@ -163,7 +163,7 @@ def test_full_speed_takes_what_there_is_room_for() -> None:
 
 
 def event(event_type: str = "bounce", due: float = 0.0) -> Event:
-    return Event(event_type, b"1", b"{}", [("event_id", b"0123456789abcdef:7")], 0, due)
+    return Event(event_type, b"1", b"{}", b"0123456789abcdef:7", 0, due)
 
 
 @pytest.mark.parametrize(
