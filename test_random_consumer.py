@@ -293,6 +293,9 @@ class Reader:
             self._watch_connections(now)
         try:
             batches = self._consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
+            if self._recreated():  # read of the new topic, from where the old one was read to
+                self._next_look = 0.0
+                return []
             return [record for batch in batches.values() for record in batch]
         except LogTruncationError as error:
             offsets = {partition: place.offset for partition, place in error.divergent_offsets.items() if place}
@@ -374,14 +377,17 @@ class Reader:
         self._trouble.say(f"Reading topic {self._topic} fails: {error!r}. Trying again")
         time.sleep(POLL_MS / 1000)
 
+    def _recreated(self) -> bool:
+        return bool(self._partitions) and self._cluster.topic_id(self._topic) != self._topic_id
+
     def _follow_topic(self) -> None:
-        partitions, topic_id = self._partitions, self._cluster.topic_id(self._topic)
+        partitions = self._partitions
         if not partitions:
             if not self._gone:
                 log.warning("Topic %s is gone; waiting for it to come back", self._topic)
             self._gone = True
             return
-        known, again = self._audit.counts[-1], topic_id != self._topic_id
+        known, again = self._audit.counts[-1], self._recreated()
         if again:
             log.warning("Topic %s was deleted and created again: starting over at its beginning", self._topic)
         elif len(partitions) != known:
@@ -392,7 +398,7 @@ class Reader:
             self._consumer.assign(partitions)
             self._seek(dict.fromkeys(partitions[0 if again else known :], 0))
             self._audit.counts.append(len(partitions))
-        self._topic_id, self._gone = topic_id, False
+        self._topic_id, self._gone = self._cluster.topic_id(self._topic), False
 
     def _watch_connections(self, now: float) -> None:
         """The client says nothing while Kafka is away."""
@@ -413,7 +419,7 @@ class Reader:
         deadline = time.monotonic() + 2
         while not refreshed.is_done and time.monotonic() < deadline:
             time.sleep(0.01)
-        if not self._partitions or self._cluster.topic_id(self._topic) != self._topic_id:
+        if not self._partitions or self._recreated():
             return  # a new topic: followed at the next look
         begins, ends = self._offsets(self._consumer.beginning_offsets), self.ends()
         for partition, offset in lost.items():
