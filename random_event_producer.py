@@ -649,12 +649,16 @@ class Pace:
         """The due times of the events to make now, at most so many."""
         if not self.interval:
             return [now] * most if now < self.end else []
-        reached = int((min(now, math.nextafter(self.end, 0)) - self.start) / self.interval) + 1
-        first, self.slot = self.slot, max(self.slot, min(reached, self.slot + most))
+        first, self.slot = self.slot, max(self.slot, int(min(self._reached(now), self.slot + most)))
         return [self.start + slot * self.interval for slot in range(first, self.slot)]
 
+    def _reached(self, now: float) -> float:
+        """How many slots are due by `now` and before the end."""
+        last = (min(now, math.nextafter(self.end, 0)) - self.start) / self.interval
+        return math.floor(last) + 1 if last < math.inf else last
+
     def finished(self, now: float) -> bool:
-        return (self.due() if self.interval else now) >= self.end
+        return self.slot >= self._reached(math.inf) if self.interval else now >= self.end
 
 
 # --------------------------------------------------------------------------------------------------------- tally
@@ -1056,11 +1060,7 @@ class Delivery:
     def open(self, given_up: Callable[[], bool]) -> bool:
         """Connect and wait for the topic. False once `given_up()`; raises GiveUp."""
         self._tally.connected, self._tally.trouble = False, "Kafka is not reached yet"
-
-        def turn() -> bool:
-            self._tally.turned_at = time.monotonic()
-            return given_up()
-
+        turn = functools.partial(self._turn, given_up)
         self._producer = connect(
             _Producer,
             self._settings,
@@ -1076,6 +1076,11 @@ class Delivery:
         )
         return self._producer is not None and self._await_topic(turn)
 
+    def _turn(self, given_up: Callable[[], bool]) -> bool:
+        """A wait goes on: the loop counts as turning over."""
+        self._tally.turned_at = time.monotonic()
+        return given_up()
+
     def _await_topic(self, given_up: Callable[[], bool]) -> bool:
         limit = self._settings.connect_timeout_seconds or math.inf
         started, trouble = time.monotonic(), Trouble()
@@ -1090,6 +1095,7 @@ class Delivery:
             except errors.InvalidTopicError:
                 raise GiveUp(f"Kafka refuses the topic name {self._topic}: set KAFKA_TOPIC") from None
             except KafkaError:
+                self._tally.connected, self._tally.trouble = False, f"topic {self._topic} is not there"
                 waited = time.monotonic() - started
                 if waited >= limit:
                     raise GiveUp(f"topic {self._topic} is not there after {limit:g} s: create it") from None
@@ -1119,7 +1125,7 @@ class Delivery:
             except (errors.KafkaTimeoutError, ValueError):  # the topic has vanished
                 rest = events[number:]
                 pending.extend((event, Future()) for event in rest)
-                if self._await_topic(self._stop.over):
+                if self._await_topic(functools.partial(self._turn, self._stop.over)):
                     for _ in rest:
                         pending.pop()
                     self.send(*rest)
@@ -1157,7 +1163,8 @@ class Delivery:
         self._barren = 0
         self._tally.confirmed([event for event, _ in entries], now)
         last = entries[-1][1].value
-        self._acknowledged[last.partition] = max(last.offset, self._acknowledged.get(last.partition, -1))
+        if last.offset >= 0:
+            self._acknowledged[last.partition] = last.offset
         if self._on_confirmed:
             for event, future in entries:
                 self._on_confirmed(event, future.value.partition, future.value.offset)
@@ -1186,20 +1193,25 @@ class Delivery:
             name = _error_name(entries[0][1].exception)
             raise GiveUp(f"nothing gets through any more: {name}, {_HINTS.get(name, entries[0][1].exception)}")
         sleep_until(time.monotonic() + 0.2, self._too_late)
-        if self.open(self._too_late):
-            events, self._pending = [event for event, _ in self._pending], deque()
-            stored = self._stored(events) if events else {}
-            for event in events:
-                if record := stored.get(event.event_id):
-                    self._confirmed([(event, Future().success(record))], time.monotonic())
-                else:
-                    self._tally.sent_again += 1
-                    self.send(event)
+        if not self.open(self._too_late):
+            return
+        events = [event for event, _ in self._pending]
+        stored = in_background(lambda: self._stored(events), functools.partial(self._turn, self._too_late))
+        if stored is None or self._too_late():
+            return
+        self._pending.clear()
+        there = [(event, Future().success(stored[event.event_id])) for event in events if event.event_id in stored]
+        self._confirmed(there, time.monotonic())
+        again = [event for event in events if event.event_id not in stored]
+        self._tally.sent_again += len(again)
+        self.send(*again)
 
     def _stored(self, events: list[Event]) -> dict[str | None, Any]:
         """The records of events that are in the log although no confirmation came, by event id."""
         wanted = {event.event_id for event in events}
         found: dict[str | None, Any] = {}
+        if not events:
+            return found
         consumer = connect(KafkaConsumer, self._settings, self._too_late, auto_offset_reset="earliest")
         if consumer is None:
             return found
@@ -1226,10 +1238,10 @@ class Delivery:
     def watch(self) -> None:
         """Notice added partitions, and that Kafka has stopped confirming or confirms again; say so."""
         now = time.monotonic()
-        if now - self._looked >= 1.0:
+        if self._producer and now - self._looked >= 1.0:
             self._looked = now
             with contextlib.suppress(KafkaError):  # from the client's cache, which it refreshes every 10 s
-                self._partitions = len(self._producer.partitions_for(self._topic))  # type: ignore[union-attr]
+                self._partitions = len(self._producer.partitions_for(self._topic))
         quiet = now - max(self._progress, self._pending[0][0].due) if self._pending else 0.0
         if quiet >= STALLED_SECONDS:
             if not self._lost_at:
@@ -1238,7 +1250,7 @@ class Delivery:
             self._waited = max(self._waited, len(self._pending))
             if self._complaint.due():
                 threading.Thread(target=self._complain, args=(quiet, self._waited), daemon=True).start()
-        elif self._lost_at:
+        elif self._lost_at and self._confirmed_at > self._lost_at:
             log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._waited)
             self._lost_at = 0.0
             self._tally.connected, self._tally.trouble = True, ""
@@ -1282,8 +1294,8 @@ class Delivery:
         self._tally.unconfirmed = len(self._pending)
 
     def unconfirmed_ranges(self) -> str:
-        """The sequences of what is unconfirmed."""
-        return format_ranges(ranges_of(event.sequence for event, _ in self._pending))
+        """The sequences of what is unconfirmed: all of them, since nothing else will name them."""
+        return format_ranges(ranges_of(event.sequence for event, _ in self._pending), MAX_UNCONFIRMED)
 
 
 def _linger_ms(interval: float) -> int:
@@ -1523,6 +1535,8 @@ class Run:
         gc.set_threshold(100_000, 20, 100)
         while not self._stop.requested and tally.made < self._most and not pace.finished(now := time.monotonic()):
             delivery.settle()
+            if self._stop.requested:  # and there may be no client any more
+                break
             self._tick(now)
             room = min(delivery.room, BURST, self._most - tally.made)
             if room > 0:
@@ -1543,6 +1557,7 @@ class Run:
     def _tick(self, now: float) -> None:
         """What is to be said now and then."""
         tally, (at, sent) = self._tally, self._reported
+        self._made_until = now
         self._delivery.watch()
         tally.behind = self._pace.behind(now)
         self._advance_bar()

@@ -53,8 +53,7 @@ def send_samples(settings: SampleSettings, stop: Stop) -> int:
     delivery = Delivery(settings, tally, stop, confirmed)
     try:
         if delivery.open(stop.over):
-            for event in samples(generator, settings.max_events):
-                delivery.send(event)
+            delivery.send(*samples(generator, settings.max_events))
             delivery.drain(patience=settings.connect_timeout_seconds)
     except GiveUp as reason:
         log.error("%s", reason)

@@ -159,6 +159,17 @@ def test_full_speed_takes_what_there_is_room_for() -> None:
     assert pace.behind(14.0) == 0
 
 
+@pytest.mark.parametrize(("interval", "duration"), [(0.7, 2.1), (0.1, 0.3), (0.01, 1.13), (3, 9)])
+def test_it_is_finished_when_there_is_nothing_to_take(interval: float, duration: float) -> None:
+    """However start + n * interval is rounded: else the run would never end."""
+    for number in range(2000):
+        pace = Pace(interval, 10 + number * 0.04567, duration)
+        assert not pace.finished(pace.start)
+        pace.take(pace.end, 1000)
+        assert pace.finished(pace.end)
+        assert pace.slot in (round(duration / interval), round(duration / interval) + 1)
+
+
 # --------------------------------------------------------------------------------------------------------- tally
 
 
