@@ -584,9 +584,7 @@ class RandomEventProducer:
         return rest
 
     def _generate_metadata(self, event_type: str) -> dict[str, Any]:
-        bits = (
-            self._bits
-        )  # bits(30) % n: 0 to n - 1, several times faster than randrange(n); 30 bits are the fastest integers
+        bits = self._bits  # bits(30) % n: 0 to n - 1, several times faster than randrange(n)
         if event_type == "add_to_cart":
             product_id, _, price = PRODUCTS[bits(30) % 1000]
             return {
@@ -649,16 +647,16 @@ class Pace:
         """The due times of the events to make now, at most so many."""
         if not self.interval:
             return [now] * most if now < self.end else []
-        first, self.slot = self.slot, max(self.slot, int(min(self._reached(now), self.slot + most)))
+        first, self.slot = self.slot, max(self.slot, min(math.floor(self._last(now)) + 1, self.slot + most))
         return [self.start + slot * self.interval for slot in range(first, self.slot)]
 
-    def _reached(self, now: float) -> float:
-        """How many slots are due by `now` and before the end."""
-        last = (min(now, math.nextafter(self.end, 0)) - self.start) / self.interval
-        return math.floor(last) + 1 if last < math.inf else last
+    def _last(self, now: float) -> float:
+        """The last slot due by `now` and before the end, with what has passed of the one after it."""
+        return (min(now, math.nextafter(self.end, 0)) - self.start) / self.interval
 
     def finished(self, now: float) -> bool:
-        return self.slot >= self._reached(math.inf) if self.interval else now >= self.end
+        """By the same sum as `take`: by due() the rounding could leave a last slot that is never taken."""
+        return self.slot > self._last(math.inf) if self.interval else now >= self.end
 
 
 # --------------------------------------------------------------------------------------------------------- tally
@@ -1060,11 +1058,10 @@ class Delivery:
     def open(self, given_up: Callable[[], bool]) -> bool:
         """Connect and wait for the topic. False once `given_up()`; raises GiveUp."""
         self._tally.connected, self._tally.trouble = False, "Kafka is not reached yet"
-        turn = functools.partial(self._turn, given_up)
         self._producer = connect(
             _Producer,
             self._settings,
-            turn,
+            functools.partial(self._turn, given_up),
             client_id="random-event-producer",
             acks="all",
             enable_idempotence=True,
@@ -1074,7 +1071,7 @@ class Delivery:
             linger_ms=_linger_ms(self._settings.interval_seconds),
             compression_type=None if self._settings.kafka_compression == "none" else self._settings.kafka_compression,
         )
-        return self._producer is not None and self._await_topic(turn)
+        return self._producer is not None and self._await_topic(given_up)
 
     def _turn(self, given_up: Callable[[], bool]) -> bool:
         """A wait goes on: the loop counts as turning over."""
@@ -1084,7 +1081,7 @@ class Delivery:
     def _await_topic(self, given_up: Callable[[], bool]) -> bool:
         limit = self._settings.connect_timeout_seconds or math.inf
         started, trouble = time.monotonic(), Trouble()
-        while not given_up():
+        while not self._turn(given_up):
             try:
                 self._partitions = len(self._producer.partitions_for(self._topic))  # type: ignore[union-attr]
                 self._progress = time.monotonic()
@@ -1125,7 +1122,7 @@ class Delivery:
             except (errors.KafkaTimeoutError, ValueError):  # the topic has vanished
                 rest = events[number:]
                 pending.extend((event, Future()) for event in rest)
-                if self._await_topic(functools.partial(self._turn, self._stop.over)):
+                if self._await_topic(self._stop.over):
                     for _ in rest:
                         pending.pop()
                     self.send(*rest)
@@ -1193,11 +1190,11 @@ class Delivery:
             name = _error_name(entries[0][1].exception)
             raise GiveUp(f"nothing gets through any more: {name}, {_HINTS.get(name, entries[0][1].exception)}")
         sleep_until(time.monotonic() + 0.2, self._too_late)
-        if not self.open(self._too_late):
+        if not (self.open(self._too_late) and self._pending):
             return
         events = [event for event, _ in self._pending]
-        stored = in_background(lambda: self._stored(events), functools.partial(self._turn, self._too_late))
-        if stored is None or self._too_late():
+        stored = in_background(lambda: self._stored(events), functools.partial(self._turn, self._too_late)) or {}
+        if self._too_late():  # and what was found may not be all
             return
         self._pending.clear()
         there = [(event, Future().success(stored[event.event_id])) for event in events if event.event_id in stored]
@@ -1210,8 +1207,6 @@ class Delivery:
         """The records of events that are in the log although no confirmation came, by event id."""
         wanted = {event.event_id for event in events}
         found: dict[str | None, Any] = {}
-        if not events:
-            return found
         consumer = connect(KafkaConsumer, self._settings, self._too_late, auto_offset_reset="earliest")
         if consumer is None:
             return found
