@@ -1,98 +1,391 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "kafka-python[crc32c]==3.0.12",
+#   "pydantic-settings==2.16.3",
+#   "orjson==3.13.0",
+#   "prometheus-client==0.26.0",
+#   "tqdm==4.70.1",
+#   "python-snappy==0.7.3",
+#   "lz4==4.4.5",
+#   "zstandard==0.25.0",
+#   "fastjsonschema==2.22.3",
+#   "pyroaring==1.2.0",
+# ]
+# ///
 """Read the topic, show every event, and audit what was delivered: missing, repeated, reordered, misplaced, invalid.
 
 Reads without a consumer group and leaves nothing on the broker. Ends at Ctrl+C, after MAX_EVENTS, or after
-TIMEOUT_SECONDS without a new event. With --json only the audit goes to standard output, as one JSON document.
-Exit code 0 when all is well, 1 when not (or when fewer than MAX_EVENTS came), 2 for bad settings.
+TIMEOUT_SECONDS without a new event. Exit code 0 when all is well, 1 when not (or when something could not be judged, or
+fewer than MAX_EVENTS came), 2 for bad settings.
 """
+
+# In the order of a record: settings -> reading -> the event -> audit -> the report.
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+try:
+    import fastjsonschema
+    from pyroaring import BitMap64
+except ImportError as missing:
+    print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import orjson
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import AuthorizationError, KafkaError, LogTruncationError, OffsetOutOfRangeError
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 import random_event_producer as tool
-from random_event_producer import GiveUp, Stop, event_id_of, key_hash, log
+from random_event_producer import GiveUp, Stop, key_hash, log, setting
 
 BATCH = 1000  # records between two looks at signals
 POLL_MS = 100
 LOOK_SECONDS = 0.2  # between two looks at the topic and the connections
 AWAY_SECONDS = 1.0  # without a connection: Kafka counts as away
+HELD_SECONDS = 2.0  # without a step, though there is more: a partition counts as held up
+ANSWER_SECONDS = 2.0  # for Kafka to answer a question about the topic
 TOTAL_SECONDS = 3.0  # between two lines about how many were read
 CLOSING_SECONDS = 3.0  # at the end, for events that are still on their way
 CREATE_TIME = 0  # a record's timestamp_type when the producer has set its time
-
-CHUNK = 65_536  # sequences
-COMPLETE = b"\xff" * (CHUNK // 8)
-EVENT_ID = re.compile(r"([0-9a-f]{16}):([1-9][0-9]{0,17})")
+COMPACTED = "the topic is compacted, which removes all but the last event of a user: what is missing is not judged"
 
 Ranges = list[tuple[int, int]]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Start = Annotated[Literal["earliest", "latest"], BeforeValidator(str.lower)]
+Start = Annotated[Literal["earliest", "latest"], tool.Lower]
 
 
 class ConsumerSettings(tool.Settings):
-    connect_timeout_seconds: Seconds = Field(
-        30, title="a number above 0", description="give up when Kafka is not reached in time"
+    connect_timeout_seconds: Seconds = setting(30, "give up when Kafka is not reached in time", "a number above 0")
+    timeout_seconds: Seconds | None = setting(
+        None, "stop so long after the last new event; none: go on", "a number above 0"
     )
-    timeout_seconds: Seconds | None = Field(
-        None, title="a number above 0", description="stop so long after the last new event; none: go on"
-    )
-    start: Start = Field("earliest", title="earliest or latest", description="where in the topic to begin")
+    start: Start = setting("earliest", "where in the topic to begin", "earliest or latest")
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class Reader:
+    """Reads all partitions without a group, and follows the topic: new partitions, a new topic, outages."""
+
+    def __init__(self, settings: ConsumerSettings, stop: Stop, audit: Audit) -> None:
+        self._settings, self._stop, self._audit = settings, stop, audit
+        self._topic, self._began = settings.kafka_topic, time.monotonic()
+        self._network = tool.Network(settings, "Read and Describe")
+        self._consumer = tool.Consumer(
+            **tool.client_options(settings, self._network),
+            auto_offset_reset="none",
+            enable_auto_commit=False,
+            allow_auto_create_topics=False,
+            isolation_level="read_committed",
+        )
+        self._consumer.on_unreadable = audit.note_unreadable
+        self._begins: dict[TopicPartition, int] = {}
+        self._identity: object = None  # of the topic that is read
+        self._gone = False
+        self._next_look = 0.0
+        self._away_since: float | None = None
+        self._held: dict[TopicPartition, tuple[int, float]] = {}  # behind -> its position, and since when that is
+
+    def open(self) -> bool:
+        """Wait for Kafka and the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
+        self._consumer.follow(self._topic)
+        self._network.create_no_topic("and the auditor does not create it")
+        if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked):
+            return False
+        self._identity = self._consumer.identity(self._topic)
+        self._audit.counts.append(len(self._begins))
+        self._consumer.assign(list(self._begins))
+        self._seek(self._begins)
+        self._audit.cut = {partition.partition: None for partition, offset in self._begins.items() if offset > 0}
+        if self._settings.start == "latest":
+            self._go_to_end()
+        log.info("Reading topic %s, partitions %d, from %s on", self._topic, len(self._begins), self._settings.start)
+        return not self._stop.requested
+
+    def poll(self, most: int = BATCH) -> list[Any]:
+        """The next records, at most so many; none after a tenth of a second. Raises GiveUp."""
+        try:
+            if (now := time.monotonic()) >= self._next_look:
+                self._next_look = now + LOOK_SECONDS
+                self._follow_topic()
+                self._watch_connections(now)
+                self._watch_positions(now)
+            batches = self._consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
+            if self._recreated():  # read of the new topic, from where the old one was read to
+                self._next_look = 0.0
+                return []
+            return [record for batch in batches.values() for record in batch]
+        except LogTruncationError as error:
+            offsets = {partition: place.offset for partition, place in error.divergent_offsets.items() if place}
+            self._recover(dict.fromkeys(error.divergent_offsets, sys.maxsize) | offsets)
+        except OffsetOutOfRangeError as error:
+            self._recover(error.args[0])
+        except KafkaError as error:
+            self._complain(error)
+        return []
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Where the partitions end, as the last answers said."""
+        return {partition: self._consumer.highwater(partition) or 0 for partition in self._consumer.positions()}
+
+    def reached(self, ends: dict[TopicPartition, int]) -> bool:
+        positions = self._consumer.positions()
+        return all(positions.get(partition, end) >= end for partition, end in ends.items())
+
+    def held_up(self, seconds: float) -> list[TopicPartition]:
+        """The partitions that have more to read, and could not be read on for so long."""
+        since = time.monotonic() - seconds
+        return [partition for partition, (_, began) in self._held.items() if began <= since]
+
+    def unread(self) -> dict[int, str]:
+        """The partitions that were not read to their end, and why."""
+        if self._gone:
+            return {}
+        away = self._consumer.unreached(self._topic) if self._away_since is not None else set()
+        why = {number: f"its leader is not reached{_because(self._network.trouble())}" for number in away}
+        held = self.held_up(HELD_SECONDS)
+        for partition, end in self._stable_ends(held).items():
+            transaction = end <= self._held[partition][0]
+            what = "somebody's transaction is open there" if transaction else "the broker hands out no more"
+            why.setdefault(partition.partition, what)
+        positions = {partition.partition: offset for partition, offset in self._consumer.positions().items()}
+        return {
+            number: f"partition {number} is judged up to offset {positions.get(number, 0)} only: {reason}"
+            for number, reason in sorted(why.items())
+        }
+
+    def cleanup_policy(self) -> str | None:
+        """None when Kafka does not tell."""
+        try:
+            return self._consumer.cleanup_policy(self._topic, 1000 * ANSWER_SECONDS)
+        except KafkaError:
+            return None
+
+    def close(self) -> None:
+        self._consumer.close(autocommit=False, timeout_ms=1000)
+
+    @property
+    def _partitions(self) -> list[TopicPartition]:
+        return self._consumer.partitions(self._topic)
+
+    def _ready(self) -> bool:
+        """The topic is there, and the leaders of its partitions say where they begin."""
+        if partitions := self._partitions:
+            try:
+                self._begins = self._consumer.beginning_offsets(partitions, timeout_ms=5 * POLL_MS)
+            except (KafkaError, KeyError) as error:
+                if isinstance(error, AuthorizationError):
+                    raise
+                if self._network.reached:
+                    cause = self._network.trouble() or "the leader of a partition does not answer"
+                    log.warning("Topic %s cannot be read yet: %s. Trying again", self._topic, cause)
+                return False
+        elif self._consumer.informed():
+            limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
+            if time.monotonic() >= self._began + limit:
+                raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
+            log.warning("Topic %s does not exist; waiting for it", self._topic)
+        return bool(partitions)
+
+    def _offsets(self, ask: Callable[..., dict[TopicPartition, int]]) -> dict[TopicPartition, int]:
+        """Beginning or end offsets, asked for until they come; none once a stop is asked for."""
+        deadline = time.monotonic() + self._settings.connect_timeout_seconds
+        while not self._stop.requested:
+            try:
+                return ask(self._partitions, timeout_ms=1000)
+            except (KafkaError, KeyError) as error:
+                if time.monotonic() >= deadline:
+                    raise GiveUp(f"Kafka does not tell the offsets of topic {self._topic}: {error!r}") from None
+                self._complain(error)
+        return {}
+
+    def _stable_ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        """Where the first open transaction begins, else where the partition ends."""
+        try:
+            return dict(self._consumer.end_offsets(partitions, timeout_ms=1000 * ANSWER_SECONDS)) if partitions else {}
+        except (KafkaError, KeyError):
+            return dict.fromkeys(partitions, sys.maxsize)
+
+    def _seek(self, offsets: dict[TopicPartition, int]) -> None:
+        for partition, offset in offsets.items():
+            self._consumer.seek(partition, offset)
+
+    def _go_to_end(self) -> None:
+        self._seek(self._offsets(self._consumer.end_offsets))
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while any(self._consumer.highwater(partition) is None for partition in self._partitions):
+            self.poll()
+            if self._stop.requested or time.monotonic() > deadline:
+                break
+        # The embedded broker tells the end of its log wrong, the high watermark right.
+        ends = self._offsets(self._consumer.end_offsets)
+        self._seek({partition: max(end, self._consumer.highwater(partition) or 0) for partition, end in ends.items()})
+        self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
+
+    def _complain(self, error: Exception) -> None:
+        if isinstance(error, AuthorizationError):
+            raise GiveUp(f"not authorised for topic {self._topic}: grant this user Read and Describe") from None
+        log.warning("Reading topic %s fails: %r. Trying again", self._topic, error)
+        time.sleep(POLL_MS / 1000)
+
+    def _recreated(self) -> bool:
+        return bool(self._partitions) and self._consumer.identity(self._topic) != self._identity
+
+    def _follow_topic(self) -> None:
+        partitions = self._partitions
+        if not partitions:
+            if not self._gone:
+                log.warning("Topic %s is gone; waiting for it to come back", self._topic)
+            self._gone = True
+            return
+        known, again = self._audit.counts[-1], self._recreated()
+        if again:
+            log.warning("Topic %s was deleted and created again: starting over at its beginning", self._topic)
+        elif len(partitions) != known:
+            log.info("Topic %s has %d partitions now", self._topic, len(partitions))
+        elif self._gone:
+            log.info("Topic %s is back", self._topic)
+        if again or len(partitions) != known:
+            self._consumer.assign(partitions)
+            self._seek(dict.fromkeys(partitions[0 if again else known :], 0))
+            self._audit.counts.append(len(partitions))
+        self._identity, self._gone = self._consumer.identity(self._topic), False
+
+    def _watch_connections(self, now: float) -> None:
+        """The client says nothing while Kafka is away."""
+        away = 0.0 if self._away_since is None else now - self._away_since
+        if self._consumer.unreached(self._topic):
+            self._away_since = now - away
+            if away > AWAY_SECONDS:
+                cause = self._network.trouble() or "a partition's leader is not reached"
+                log.warning("Kafka is away: %s. Reading goes on when it is back", cause)
+        elif self._away_since is not None:
+            if away > AWAY_SECONDS:
+                log.info("Kafka is back after %.1f s", away)
+            self._away_since = None
+
+    def _watch_positions(self, now: float) -> None:
+        """Which partitions have more to read, and since when their position is what it is."""
+        ends = self.ends()
+        behind = {partition: at for partition, at in self._consumer.positions().items() if at < ends[partition]}
+        self._held = {
+            partition: old if (old := self._held.get(partition)) and old[0] == at else (at, now)
+            for partition, at in behind.items()
+        }
+
+    def _recover(self, lost: dict[TopicPartition, int]) -> None:
+        """Where we were to read on (partition -> offset) is not in the log any more."""
+        self._consumer.refresh(ANSWER_SECONDS)
+        if not self._partitions or self._recreated():
+            return  # a new topic: followed at the next look
+        begins, ends = self._offsets(self._consumer.beginning_offsets), self._offsets(self._consumer.end_offsets)
+        for partition, offset in lost.items():
+            begin = begins.get(partition, 0)
+            what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
+            target = max(begin, min(offset, ends.get(partition, begin)))
+            log.error("Partition %d %s. Reading goes on at offset %d", partition.partition, what, target)
+            self._seek({partition: target})
+
+
+def _because(cause: str) -> str:
+    return f" ({cause})" if cause else ""
+
+
+# ----------------------------------------------------------------------------------------------------- the event
+
+EVENT_ID = re.compile(r"([0-9a-f]{16}):([1-9][0-9]{0,17})")
+DECIMALS = {"quantity": 0, "price": 2, "session_length": 1, "view_duration": 1}
+_validate = fastjsonschema.compile(tool.SCHEMA)
+
+
+def parse_event(value: bytes | None) -> dict[str, Any]:
+    """The event in a record's value. Raises ValueError that says which field is not as described."""
+    try:
+        event: dict[str, Any] = orjson.loads(value or b"")
+        _validate(event)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise ValueError(_in_words(error)) from None
+    _check_numbers(event)
+    try:
+        _seconds(event["timestamp"][:19])
+    except ValueError as error:
+        raise ValueError(f"timestamp: {error}") from None
+    return event
+
+
+def _in_words(error: fastjsonschema.JsonSchemaValueException) -> str:
+    """`metadata.price: must be number`"""
+    path, rule, definition, given = error.path[1:], error.rule, error.definition, error.value
+    message = error.message.removeprefix(str(error.name)).strip()
+    if rule == "required":
+        path.append(next(name for name in definition["required"] if name not in given))
+        message = "is missing"
+    elif rule == "additionalProperties":
+        path.append(next(name for name in given if name not in definition["properties"]))
+        message = "is not part of such an event"
+    return f"{'.'.join(path) or 'event'}: {message}"
+
+
+def _check_numbers(event: dict[str, Any]) -> None:
+    """What a schema cannot say, or says in floats: 1.0 is an integer to it, and 237.0 no multiple of 0.1."""
+    if type(event["user_id"]) is not int:
+        raise ValueError("user_id: must be a whole number")
+    if event["event_type"] not in tool.METADATA:
+        return
+    for name, value in event["metadata"].items():
+        places = DECIMALS.get(name)
+        if places == 0 and type(value) is not int:
+            raise ValueError(f"metadata.{name}: must be a whole number")
+        if places and round(value, places) != value:
+            raise ValueError(f"metadata.{name}: more than {places} decimals")
+
+
+@functools.lru_cache(maxsize=64)
+def _seconds(text: str) -> int:
+    """Since 1970, of a time without fraction. Raises ValueError for a day that does not exist."""
+    return int(datetime.fromisoformat(f"{text}+00:00").timestamp())
+
+
+def event_id_of(record: Any) -> str | None:
+    """The `run:sequence` that a record carries, None without the header."""
+    for name, value in record.headers:
+        if name == "event_id" and value is not None:
+            return bytes(value).decode(errors="replace")
+    return None
+
+
+def _check_header(record: Any, timestamp: str, event_id: str, identity: re.Match[str] | None) -> None:
+    if not identity:
+        raise ValueError(f"the header event_id is {event_id!r}, not run:sequence")
+    created = 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
+    if record.timestamp_type == CREATE_TIME and record.timestamp != created:
+        raise ValueError(f"the record's time is {record.timestamp} ms, the event's {created} ms")
 
 
 # --------------------------------------------------------------------------------------------------------- audit
 
 
-class Sequences:
-    """A set of sequences: 8 KB for 65,536 of them, and nothing once these are complete."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._chunks: dict[int, bytes | bytearray] = {}
-
-    def add(self, sequence: int) -> bool:
-        """False when it is there already."""
-        number, place = divmod(sequence - 1, CHUNK)
-        index, bit = place >> 3, 1 << (place & 7)
-        bits = self._chunks.get(number)
-        if bits is None:
-            bits = self._chunks[number] = bytearray(CHUNK // 8)
-        if bits[index] & bit:
-            return False
-        bits[index] |= bit  # type: ignore[index]  # COMPLETE has no bit left to set
-        self.count += 1
-        if bits[index] == 0xFF and bits == COMPLETE:
-            self._chunks[number] = COMPLETE
-        return True
-
-    def gaps(self, first: int) -> Ranges:
-        """Closed ranges of what is not there, from `first` to the last one there."""
-        ranges, expected = [], first
-        for begin, end in self._present():
-            if begin > expected:
-                ranges.append((expected, begin - 1))
-            expected = max(expected, end + 1)
-        return ranges
-
-    def _present(self) -> Iterator[tuple[int, int]]:
-        for number, bits in sorted(self._chunks.items()):
-            text = f"{int.from_bytes(bits, 'little'):b}"[::-1] if bits is not COMPLETE else ""
-            base = number * CHUNK + 1
-            yield from ((base + ones.start(), base + ones.end() - 1) for ones in re.finditer("1+", text))
-            if not text:
-                yield base, base + CHUNK - 1
+def gaps(sequences: BitMap64, first: int, last: int) -> Ranges:
+    """Closed ranges of what is not there between two sequences."""
+    begins, ends = sequences - sequences.shift(1), sequences - sequences.shift(-1)  # of what is there without a gap
+    between = zip(itertools.chain([0], ends), itertools.chain(begins, [last + 1]), strict=True)
+    ranges = ((max(end + 1, first), min(begin - 1, last)) for end, begin in between)
+    return [(low, high) for low, high in ranges if low <= high]
 
 
 class Run:
@@ -101,23 +394,23 @@ class Run:
     def __init__(self) -> None:
         self.first, self.last = sys.maxsize, 0
         self.events = self.repeated = self.reordered = 0
-        self._sequences = Sequences()
+        self._sequences = BitMap64()
         self._began: int | None = None  # the time of sequence 1, in ms
         self._firsts: dict[int, int] = {}  # partition -> the first sequence there
-        self._latest: dict[int, int] = {}  # partition and user -> the latest sequence
+        self._lasts: dict[int, int] = {}  # partition -> the last sequence there
+        self._latest: dict[tuple[int, int], int] = {}  # partition and user -> the latest sequence
 
     def add(self, sequence: int, record: Any, user_id: int | None) -> str:
         """Take in an event; "", "repeated" or "reordered"."""
         self.events += 1
-        if sequence > self.last:
-            self.last = sequence
-        if sequence < self.first:
-            self.first = sequence
+        self.first, self.last = min(self.first, sequence), max(self.last, sequence)
         if not self.mark(sequence, record):
             self.repeated += 1
             return "repeated"
-        place = record.partition << 10 | (user_id or 0)
-        if user_id and sequence < self._latest.get(place, 0):
+        if user_id is None:
+            return ""
+        place = record.partition, user_id
+        if sequence < self._latest.get(place, 0):
             self.reordered += 1
             return "reordered"
         self._latest[place] = sequence
@@ -126,26 +419,32 @@ class Run:
     def mark(self, sequence: int, record: Any) -> bool:
         """Note that a sequence is there; False when it was known."""
         self._firsts.setdefault(record.partition, sequence)
+        self._lasts[record.partition] = sequence
         if sequence == 1:
             self._began = record.timestamp
-        return self._sequences.add(sequence)
+        if sequence in self._sequences:
+            return False
+        self._sequences.add(sequence)
+        return True
 
-    def missing(self, cut: dict[int, int | None]) -> Ranges:
-        return [] if self._sequences.count == self.last else self._sequences.gaps(self.truncated_before(cut) or 1)
-
-    def truncated_before(self, cut: dict[int, int | None]) -> int | None:
-        """The first sequence that must be there, if not 1, when partitions have lost their beginning (see Audit)."""
+    def judged(self, cut: dict[int, int | None], held: Iterable[int]) -> tuple[int, int]:
+        """The first and the last of the sequences that must be there (see Audit.cut and Audit.held)."""
         bounds = [
             min(self._firsts.get(partition, sys.maxsize), self.last + 1)
             for partition, since in cut.items()
             if since is None or self._began is None or since >= self._began
         ]
-        return max(bounds) if bounds and max(bounds) > 1 else None
+        return max([1, *bounds]), min([self.last, *(self._lasts.get(partition, 0) for partition in held)])
 
-    def report(self, cut: dict[int, int | None]) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("first", "last", "events")}
-        faults = {"missing": self.missing(cut), "repeated": self.repeated, "reordered": self.reordered}
-        return {**counts, **faults, "truncated_before": self.truncated_before(cut)}
+    def count_missing(self, first: int, last: int) -> int:
+        return max(0, last - first + 1) - self._sequences.range_cardinality(first, last + 1)
+
+    def missing(self, first: int, last: int) -> Ranges:
+        return gaps(self._sequences, first, last) if self.count_missing(first, last) else []
+
+    def holed(self) -> bool:
+        """Whether anything is not there between the first and the last one read."""
+        return self.count_missing(self.first, self.last) > 0
 
 
 class Audit:
@@ -159,19 +458,22 @@ class Audit:
         self.counts: list[int] = []  # numbers of partitions the topic has had while it was read
         # Partitions that lack their beginning -> the time in ms from which on they are there; None: not known yet.
         self.cut: dict[int, int | None] = {}
+        self.held: dict[int, str] = {}  # partitions that could not be read to their end, and why
+        self.compacted = False
+        self.notes: list[str] = []  # on what was left out of judgement
         self._wrong_keys = 0
         self._strays: Counter[tuple[int, int]] = Counter()  # (hash of the key, partition)
 
     def add(self, record: Any) -> str:
         """Take in a record; what is not as it should be, "" when all is."""
         self.events += 1
-        if self.cut.get(record.partition, 0) is None:
+        if self.cut.get(record.partition, 0) is None and record.timestamp >= 0:
             self.cut[record.partition] = record.timestamp
         event_id = event_id_of(record)
         identity = EVENT_ID.fullmatch(event_id or "")
         user_id, problem = None, ""
         try:
-            event = tool.parse_event(record.value)
+            event = parse_event(record.value)
             if event_id is not None:
                 _check_header(record, event["timestamp"], event_id, identity)
                 user_id = event["user_id"]
@@ -192,15 +494,23 @@ class Audit:
         if identity and (run := self.runs.get(identity[1])) and int(identity[2]) <= run.last:
             run.mark(int(identity[2]), record)
 
+    def note_unreadable(self, partition: int, first: int, last: int, cause: str) -> None:
+        place = f"offset {first}" if first == last else f"offsets {first} to {last}"
+        self.notes.append(f"partition {partition}, {place}: cannot be read ({cause})")
+        log.error("What stands in %s. Reading goes on behind it", self.notes[-1])
+
     def missing(self) -> int:
         """How many sequences are missing in all runs."""
-        return sum(_total(run.missing(self.cut)) for run in self.runs.values())
+        if self.compacted:
+            return 0
+        return sum(run.count_missing(*run.judged(self.cut, self.held)) for run in self.runs.values())
 
     def report(self) -> dict[str, Any]:
         """The document that --json prints."""
-        runs = [{"run": name, **run.report(self.cut)} for name, run in self.runs.items()]
+        runs = [self._run_report(name, run) for name, run in self.runs.items()]
         misplaced = self._wrong_keys + sum(self._misplaced().values())
         faults = (run[fault] for run in runs for fault in ("missing", "repeated", "reordered"))
+        unjudged = [*self.notes, *self.held.values(), *self._excused()]
         return {
             "topic": self.topic,
             "events": self.events,
@@ -208,7 +518,8 @@ class Audit:
             "without_id": self.without_id,
             "invalid": self.invalid,
             "misplaced": misplaced,
-            "ok": not (self.invalid or misplaced or any(faults)),
+            "ok": not (self.invalid or misplaced or any(faults) or unjudged),
+            "notes": [COMPACTED] * self.compacted + unjudged,
             "runs": runs,
         }
 
@@ -216,6 +527,31 @@ class Audit:
         """A smaller number of partitions by which all that is misplaced is in its place."""
         counts = range(1, self.counts[-1]) if (strays := self._misplaced()) else ()
         return next((count for count in counts if all(key % count == place for key, place in strays)), None)
+
+    def _run_report(self, name: str, run: Run) -> dict[str, Any]:
+        first, last = run.judged(self.cut, self.held)
+        return {
+            "run": name,
+            "first": run.first,
+            "last": run.last,
+            "events": run.events,
+            "missing": None if self.compacted else run.missing(first, last),
+            "repeated": run.repeated,
+            "reordered": run.reordered,
+            "truncated_before": first if first > 1 and not self.compacted else None,
+        }
+
+    def _excused(self) -> Iterator[str]:
+        """On gaps that may be nobody's fault, where nothing of a run, or nothing at all, is left to be judged."""
+        emptied = ", ".join(str(partition) for partition, since in sorted(self.cut.items()) if since is None)
+        if emptied and not self.events:
+            yield f"nothing was read, and all that partition {emptied} held is deleted"
+        for name, run in self.runs.items():
+            if not self.compacted and run.holed() and run.judged(self.cut, ())[0] > run.last:
+                yield (
+                    f"run {name} has gaps that cannot be judged: a partition that lacks its beginning "
+                    f"({emptied or 'by deletion or START'}) has no event of this run left"
+                )
 
     def _place_problem(self, record: Any, user_id: int) -> str:
         if record.key != b"%d" % user_id:
@@ -236,198 +572,7 @@ class Audit:
         }
 
 
-def _check_header(record: Any, timestamp: str, event_id: str, identity: re.Match[str] | None) -> None:
-    if not identity:
-        raise ValueError(f"the header event_id is {event_id!r}, not run:sequence")
-    created = 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
-    if record.timestamp_type == CREATE_TIME and record.timestamp != created:
-        raise ValueError(f"the record's time is {record.timestamp} ms, the event's {created} ms")
-
-
-@functools.lru_cache(maxsize=64)
-def _seconds(text: str) -> int:
-    return int(datetime.fromisoformat(f"{text}+00:00").timestamp())
-
-
-def _total(ranges: Ranges) -> int:
-    return sum(last - first + 1 for first, last in ranges)
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-class Reader:
-    """Reads all partitions without a group, and follows the topic: new partitions, a new topic, outages."""
-
-    def __init__(self, settings: ConsumerSettings, stop: Stop, audit: Audit) -> None:
-        self._settings, self._stop, self._audit = settings, stop, audit
-        self._topic = settings.kafka_topic
-        self._consumer: Any = None
-        self._cluster: Any = None  # the client's picture of the topic
-        self._topic_id: object = None
-        self._gone = False
-        self._next_look = 0.0
-        self._away_since: float | None = None
-        self._trouble = tool.Trouble()
-
-    def open(self) -> bool:
-        """Connect, wait for the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
-        options = {"auto_offset_reset": "none", "enable_auto_commit": False, "isolation_level": "read_committed"}
-        self._consumer = tool.connect(KafkaConsumer, self._settings, self._stop.over, **options)
-        if self._consumer is None or not self._await_topic():
-            return False
-        self._consumer.assign(self._partitions)
-        begins = self._offsets(self._consumer.beginning_offsets)
-        self._seek(begins)
-        self._audit.cut = {partition.partition: None for partition, offset in begins.items() if offset > 0}
-        if self._settings.start == "latest":
-            self._go_to_end()
-        log.info("Reading topic %s, partitions %d, from %s on", self._topic, len(begins), self._settings.start)
-        return not self._stop.requested
-
-    def poll(self, most: int = BATCH) -> list[Any]:
-        """The next records, at most so many; none after a tenth of a second. Raises GiveUp."""
-        if (now := time.monotonic()) >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            self._follow_topic()
-            self._watch_connections(now)
-        try:
-            batches = self._consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
-            if self._recreated():  # read of the new topic, from where the old one was read to
-                self._next_look = 0.0
-                return []
-            return [record for batch in batches.values() for record in batch]
-        except LogTruncationError as error:
-            offsets = {partition: place.offset for partition, place in error.divergent_offsets.items() if place}
-            self._recover(dict.fromkeys(error.divergent_offsets, sys.maxsize) | offsets)
-        except OffsetOutOfRangeError as error:
-            self._recover(error.args[0])
-        except KafkaError as error:
-            self._complain(error)
-        return []
-
-    def ends(self) -> dict[Any, int]:
-        """Where the partitions end now; nothing when Kafka does not say."""
-        try:
-            ends = self._consumer.end_offsets(self._partitions, timeout_ms=2000)
-        except (KafkaError, KeyError):
-            return {}
-        # The embedded broker tells the end of its log wrong, the high watermark right.
-        return {partition: max(end, self._consumer.highwater(partition) or 0) for partition, end in ends.items()}
-
-    def reached(self, ends: dict[Any, int]) -> bool:
-        return all(self._consumer.position(partition, timeout_ms=POLL_MS) >= end for partition, end in ends.items())
-
-    def close(self) -> None:
-        if self._consumer:
-            self._consumer.close(autocommit=False, timeout_ms=1000)
-
-    @property
-    def _partitions(self) -> list[Any]:
-        numbers = self._cluster.partitions_for_topic(self._topic) or ()
-        return [TopicPartition(self._topic, number) for number in sorted(numbers)]
-
-    def _await_topic(self) -> bool:
-        self._cluster = self._consumer._client.cluster
-        self._cluster.config["allow_auto_create_topics"] = False  # the client (3.0.12) does not pass it on
-        asked = self._cluster.set_topics([self._topic])
-        limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
-        deadline = time.monotonic() + limit
-        while not self._stop.requested and not self._partitions:
-            if self._topic in self._cluster.unauthorized_topics:
-                self._complain(AuthorizationError())
-            if time.monotonic() >= deadline:
-                raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
-            if asked.is_done:
-                self._trouble.say(f"Topic {self._topic} does not exist; waiting for it")
-            time.sleep(0.05)
-        self._topic_id = self._cluster.topic_id(self._topic)
-        self._audit.counts.append(len(self._partitions))
-        return not self._stop.requested
-
-    def _offsets(self, ask: Callable[..., dict[Any, int]]) -> dict[Any, int]:
-        """Beginning or end offsets, asked for until they come; none once a stop is asked for."""
-        deadline = time.monotonic() + self._settings.connect_timeout_seconds
-        while not self._stop.requested:
-            try:
-                return ask(self._partitions, timeout_ms=1000)
-            except (KafkaError, KeyError) as error:
-                if time.monotonic() >= deadline:
-                    raise GiveUp(f"Kafka does not tell the offsets of topic {self._topic}: {error!r}") from None
-                self._complain(error)
-        return {}
-
-    def _seek(self, offsets: dict[Any, int]) -> None:
-        for partition, offset in offsets.items():
-            self._consumer.seek(partition, offset)
-
-    def _go_to_end(self) -> None:
-        self._seek(self._offsets(self._consumer.end_offsets))
-        deadline = time.monotonic() + CLOSING_SECONDS
-        while any(self._consumer.highwater(partition) is None for partition in self._partitions):
-            self.poll()
-            if self._stop.requested or time.monotonic() > deadline:
-                break
-        self._seek(ends := self.ends())
-        self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
-
-    def _complain(self, error: Exception) -> None:
-        if isinstance(error, AuthorizationError):
-            raise GiveUp(f"not authorised for topic {self._topic}: grant this user Read and Describe") from None
-        self._trouble.say(f"Reading topic {self._topic} fails: {error!r}. Trying again")
-        time.sleep(POLL_MS / 1000)
-
-    def _recreated(self) -> bool:
-        return bool(self._partitions) and self._cluster.topic_id(self._topic) != self._topic_id
-
-    def _follow_topic(self) -> None:
-        partitions = self._partitions
-        if not partitions:
-            if not self._gone:
-                log.warning("Topic %s is gone; waiting for it to come back", self._topic)
-            self._gone = True
-            return
-        known, again = self._audit.counts[-1], self._recreated()
-        if again:
-            log.warning("Topic %s was deleted and created again: starting over at its beginning", self._topic)
-        elif len(partitions) != known:
-            log.info("Topic %s has %d partitions now", self._topic, len(partitions))
-        elif self._gone:
-            log.info("Topic %s is back", self._topic)
-        if again or len(partitions) != known:
-            self._consumer.assign(partitions)
-            self._seek(dict.fromkeys(partitions[0 if again else known :], 0))
-            self._audit.counts.append(len(partitions))
-        self._topic_id, self._gone = self._cluster.topic_id(self._topic), False
-
-    def _watch_connections(self, now: float) -> None:
-        """The client says nothing while Kafka is away."""
-        leaders = {self._cluster.leader_for_partition(partition) for partition in self._partitions}
-        away = 0.0 if self._away_since is None else now - self._away_since
-        if not all(map(self._consumer._client.connected, leaders)):
-            self._away_since = now - away
-            if away > AWAY_SECONDS:
-                self._trouble.say("Kafka is away: a partition's leader is not reached. Reading goes on when it is back")
-        elif self._away_since is not None:
-            if away > AWAY_SECONDS:
-                log.info("Kafka is back after %.1f s", away)
-            self._away_since, self._trouble = None, tool.Trouble()
-
-    def _recover(self, lost: dict[Any, int]) -> None:
-        """Where we were to read on (partition -> offset) is not in the log any more."""
-        refreshed = self._cluster.request_update()
-        deadline = time.monotonic() + 2
-        while not refreshed.is_done and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if not self._partitions or self._recreated():
-            return  # a new topic: followed at the next look
-        begins, ends = self._offsets(self._consumer.beginning_offsets), self.ends()
-        for partition, offset in lost.items():
-            begin = begins.get(partition, 0)
-            what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
-            target = max(begin, min(offset, ends.get(partition, begin)))
-            log.error("Partition %d %s. Reading goes on at offset %d", partition.partition, what, target)
-            self._seek({partition: target})
+# ---------------------------------------------------------------------------------------------------- the report
 
 
 def read(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop, show: bool) -> None:
@@ -448,65 +593,79 @@ def read(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop, s
             break
 
 
-def read_on(reader: Reader, audit: Audit) -> None:
-    """Partitions are read up to different points: look on for what was merely not read yet, or is on its way."""
-    if not (missing := audit.missing()):
-        return
-    log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
+def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
+    """Partitions are read up to different points: look on for what was merely not read yet, or is on its way.
+
+    `enough`: MAX_EVENTS were read, and what is behind them matters only if it fills a gap.
+    """
+    policy = reader.cleanup_policy()
+    audit.compacted = "compact" in (policy or "")
+    if missing := audit.missing():
+        log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
     ends, deadline = reader.ends(), time.monotonic() + CLOSING_SECONDS
-    while audit.missing() and time.monotonic() < deadline:
+    while audit.missing() or (not enough and reader.held_up(LOOK_SECONDS)):
         behind = not reader.reached(ends)
         for record in (records := reader.poll()):
             audit.mark(record)
         if behind and records:
             deadline = time.monotonic() + CLOSING_SECONDS
-
-
-# --------------------------------------------------------------------------------------------------------- output
+        elif time.monotonic() > deadline:
+            break
+    if audit.missing() or not enough:
+        audit.held = reader.unread()
+    if policy is None and audit.missing():
+        audit.notes.append(
+            "Kafka does not tell (for want of DescribeConfigs?) if the topic is compacted, and loses events"
+        )
 
 
 def _line(record: Any, problem: str) -> str:
     key, value = ("none" if part is None else part.decode(errors="replace") for part in (record.key, record.value))
     note = f"  <- {problem}" if problem else ""
-    line = f"partition {record.partition}, offset {record.offset}, key {key}: {value}{note}"
-    return line if line.isprintable() else ascii(line)[1:-1]
+    return _printable(f"partition {record.partition}, offset {record.offset}, key {key}: {value}{note}")
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def summary(report: dict[str, Any], audit: Audit) -> str:
     """The audit for people."""
-    runs = report["runs"]
     lines = [f"{report['events']} events read from topic {report['topic']}"]
-    lines += [f"  {name if name.isprintable() else ascii(name)}: {count}" for name, count in report["by_type"].items()]
+    lines += [f"  {_printable(name)}: {count}" for name, count in report["by_type"].items()]
     if audit.without_id:
         lines.append(f"Without event_id: {audit.without_id}, {audit.invalid_without_id} of them invalid; not judged")
-    lines += map(_run_line, runs)
+    lines += map(_run_line, report["runs"])
+    lines += [_printable(f"Note: {note}") for note in report["notes"]]
     if count := audit.enlarged_from():
         lines.append(f"What is misplaced is right for {count} partitions: was the topic enlarged since?")
-    faults = {"missing": sum(_total(run["missing"]) for run in runs)}
-    faults |= {name: sum(run[name] for run in runs) for name in ("repeated", "reordered")}
+    faults: dict[str, object] = {"missing": "not judged" if audit.compacted else audit.missing()}
+    faults |= {name: sum(run[name] for run in report["runs"]) for name in ("repeated", "reordered")}
     faults |= {name: report[name] for name in ("misplaced", "invalid")}
     counts = ", ".join(f"{name} {count}" for name, count in faults.items())
     return "\n".join([*lines, f"{'OK' if report['ok'] else 'NOT OK'}: {counts}"])
 
 
 def _run_line(run: dict[str, Any]) -> str:
-    missing = f" ({tool.format_ranges(run['missing'])})" if run["missing"] else ""
+    missing = sum(last - first + 1 for first, last in run["missing"] or ())
+    which = f" ({tool.format_ranges(run['missing'])})" if missing else ""
     cut = f"; judged from {bound} on, the topic does not go back further" if (bound := run["truncated_before"]) else ""
     return (
         f"Run {run['run']}: {run['events']} events, sequences {run['first']} to {run['last']}, missing "
-        f"{_total(run['missing'])}{missing}, repeated {run['repeated']}, reordered {run['reordered']}{cut}"
+        f"{'not judged' if run['missing'] is None else missing}{which}, repeated {run['repeated']}, "
+        f"reordered {run['reordered']}{cut}"
     )
 
 
-def audit_topic(settings: ConsumerSettings, stop: Stop) -> int:
-    as_json = "--json" in sys.argv[1:]
+def audit_topic(script: tool.Script) -> int:
+    settings, stop, as_json = script.settings, script.stop, "--json" in script.flags
     audit = Audit(settings.kafka_topic)
     reader = Reader(settings, stop, audit)
     gave_up = False
     try:
         if reader.open():
             read(reader, audit, settings, stop, show=not as_json)
-            read_on(reader, audit)
+            read_on(reader, audit, enough=audit.events >= (settings.max_events or sys.maxsize))
     except GiveUp as reason:
         if not audit.events:
             raise
@@ -514,10 +673,13 @@ def audit_topic(settings: ConsumerSettings, stop: Stop) -> int:
         gave_up = True
     finally:
         reader.close()
+    if settings.max_events and not audit.runs:
+        audit.notes.append("no event of a run (with an event_id) was read, so nothing was judged")
     report = audit.report()
-    tool.show(orjson.dumps(report).decode() if as_json else summary(report, audit), stop)
+    tool.show(orjson.dumps(report) if as_json else summary(report, audit), stop)
     return int(gave_up or not report["ok"] or audit.events < (settings.max_events or 0))
 
 
 if __name__ == "__main__":
-    raise SystemExit(tool.run_script(str(__doc__), ConsumerSettings, audit_topic, ["--json"]))
+    flags = {"--json": "print the audit only, as one JSON document; all else goes to standard error"}
+    raise SystemExit(tool.run_script(str(__doc__), ConsumerSettings, audit_topic, flags))

@@ -1,4 +1,17 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "kafka-python[crc32c]==3.0.12",
+#   "pydantic-settings==2.16.3",
+#   "orjson==3.13.0",
+#   "prometheus-client==0.26.0",
+#   "tqdm==4.70.1",
+#   "python-snappy==0.7.3",
+#   "lz4==4.4.5",
+#   "zstandard==0.25.0",
+# ]
+# ///
 """Send a few sample events to the topic, at least one of each type, and say where each one went.
 
 10 events, or MAX_EVENTS. Exit code 0 when Kafka has confirmed all of them, 1 when not, 2 for bad settings.
@@ -9,28 +22,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from pydantic import Field
-
 from random_event_producer import (
     BadConfiguration,
     Delivery,
     Event,
     GiveUp,
     RandomEventProducer,
+    Script,
     Settings,
-    Stop,
     Tally,
     log,
     run_script,
+    setting,
     show,
 )
 
 
 class SampleSettings(Settings):
-    max_events: int = Field(10, ge=1, title="a whole number from 1 up", description="how many events to send")
-    connect_timeout_seconds: float = Field(
-        30, gt=0, title="a number above 0", description="give up when Kafka is not reached in time"
-    )
+    max_events: int = setting(10, "how many events to send", "a whole number from 1 up", ge=1)
+    connect_timeout_seconds: float = setting(30, "give up when Kafka is not reached in time", "a number above 0", gt=0)
 
 
 def samples(generator: RandomEventProducer, count: int) -> Iterator[Event]:
@@ -38,11 +48,13 @@ def samples(generator: RandomEventProducer, count: int) -> Iterator[Event]:
     types = list(generator.event_types)
     for number in range(count):
         generator.event_types = [types[number]] if number < len(types) else types
-        yield generator.generate_event(time.monotonic())
+        if event := generator.generate_event(time.monotonic()):
+            yield event
 
 
-def send_samples(settings: SampleSettings, stop: Stop) -> int:
-    generator = RandomEventProducer(settings.seed, settings.shard_index, settings.shard_count)
+def send_samples(script: Script) -> int:
+    settings, stop = script.settings, script.stop
+    generator = RandomEventProducer.from_settings(settings)
     if settings.max_events < (least := len(generator.event_types)):
         raise BadConfiguration(f"MAX_EVENTS: {settings.max_events}; allowed: {least} or more, one event of each type")
     tally = Tally(generator.event_types)
@@ -52,7 +64,7 @@ def send_samples(settings: SampleSettings, stop: Stop) -> int:
 
     delivery = Delivery(settings, tally, stop, confirmed)
     try:
-        if delivery.open(stop.over):
+        if delivery.open():
             delivery.send(*samples(generator, settings.max_events))
             delivery.drain(patience=settings.connect_timeout_seconds)
     except GiveUp as reason:

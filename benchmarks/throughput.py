@@ -56,7 +56,7 @@ def client_alone(bootstrap: str, topic: str, events: int) -> None:
     gc.set_threshold(100_000, 20, 100)
     for number in range(events):
         pending.append(producer.send(topic, value, b"123", headers, partition, 1_700_000_000_000 + number))
-        if number % tool.BURST == 0:
+        if number % tool.BURST_EVENTS == 0:
             if len(pending) >= tool.MAX_UNCONFIRMED:
                 pending[0].get(10)
             while pending and pending[0].is_done:

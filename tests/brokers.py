@@ -101,11 +101,11 @@ def java() -> str:
     return found
 
 
-def apache_jars() -> str:
+def apache_jars(jars: Iterable[str] = JARS) -> str:
     """Class path of Apache Kafka, resolved once per user and then taken from the cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "random-event-producer-tests"
     try:
-        environment = jgo.build("+".join(JARS), cache_dir=cache)
+        environment = jgo.build("+".join(jars), cache_dir=cache)
     except Exception as error:  # jgo raises whatever its resolver met
         raise NoApacheKafkaError(f"Kafka's jars cannot be resolved: {error}") from error
     return os.pathsep.join(str(jar) for jar in environment.all_jars)
@@ -169,7 +169,7 @@ class _Node:
     index: int
     folder: Path
     ports: dict[str, int]
-    advertised: dict[str, int]
+    advertised: dict[str, tuple[str, int]]
     process: subprocess.Popen[bytes] | None = None
     log: Path = field(init=False)
 
@@ -234,13 +234,13 @@ class ApacheKafka(_Broker):
         self.users = dict(users or {})
         self.protocols = {"INTERNAL": "PLAINTEXT", "PLAINTEXT": "PLAINTEXT", **(listeners or {})}
         self._own = {**(certificates.properties() if certificates else {}), **(properties or {})}
-        self._cluster = "A" + secrets.token_urlsafe(16)[:21]  # an id beginning with "-" is taken for an option
+        self._cluster = _cluster_id()
         self._jars = ""
         self._nodes = [self._new_node(index) for index in range(nodes)]
 
     def _new_node(self, index: int) -> _Node:
         ports = {name: free_port() for name in ("CONTROLLER", *self.protocols)}
-        return _Node(index, self.folder / f"node-{index}", ports, dict(ports))
+        return _Node(index, self.folder / f"node-{index}", ports, _at_home(ports))
 
     # Where it is
 
@@ -255,15 +255,40 @@ class ApacheKafka(_Broker):
         return self.address("INTERNAL")
 
     def address(self, listener: str = "PLAINTEXT") -> str:
-        return ",".join(f"{HOST}:{node.advertised[listener]}" for node in self._nodes)
+        return ",".join("{}:{}".format(*node.advertised[listener]) for node in self._nodes)
+
+    def listening(self, listener: str = "PLAINTEXT") -> str:
+        """Where the nodes do listen, whatever they advertise."""
+        return ",".join(f"{HOST}:{node.ports[listener]}" for node in self._nodes)
 
     def port(self, listener: str = "PLAINTEXT", node: int = 0) -> int:
         """Where the node listens: the target for a proxy."""
         return self._nodes[node].ports[listener]
 
-    def advertise(self, port: int, listener: str = "PLAINTEXT", node: int = 0) -> None:
+    def advertise(self, port: int, listener: str = "PLAINTEXT", node: int = 0, host: str = HOST) -> None:
         """Clients are sent to `port`, where a proxy stands in front. Takes effect at the next start."""
-        self._nodes[node].advertised[listener] = port
+        self._nodes[node].advertised[listener] = host, port
+
+    def move(self, node: int = 0) -> None:
+        """Other ports for all that clients use, as a Pod has another address each time; while the node is stopped."""
+        moved = self._nodes[node]
+        moved.ports |= {name: free_port() for name in self.protocols}
+        moved.advertised = _at_home(moved.ports)
+
+    def wipe(self) -> None:
+        """All data gone; at the next start it is another cluster. While all nodes are stopped."""
+        self._cluster = _cluster_id()
+        for node in self._nodes:
+            shutil.rmtree(node.folder / "data")
+
+    def lose_tail(self, topic: str, share: float, node: int = 0) -> None:
+        """Cuts off the last `share` of each of the topic's logs, and what the node knows of its producers: a power
+        cut, where the page cache is lost. While the node is killed."""
+        for folder in (self._nodes[node].folder / "data").glob(f"{topic}-[0-9]*"):
+            for log in folder.glob("*.log"):
+                os.truncate(log, int(log.stat().st_size * (1 - share)))
+            for snapshot in folder.glob("*.snapshot"):
+                snapshot.unlink()
 
     def pid(self, node: int = 0) -> int:
         process = self._nodes[node].process
@@ -313,6 +338,14 @@ class ApacheKafka(_Broker):
 
     def thaw(self, node: int = 0) -> None:
         self._signal(self._nodes[node], signal.SIGCONT)
+
+    def limit_producers(self, bytes_per_second: int | None) -> None:
+        """A quota for everybody together; None takes it away. (Kafka's own tool: the Python client knows no quotas.)"""
+        change = ("--delete-config", "producer_byte_rate")
+        if bytes_per_second is not None:
+            change = ("--add-config", f"producer_byte_rate={bytes_per_second}")
+        where = ("--bootstrap-server", self.direct, "--entity-type", "clients", "--entity-default", "--alter")
+        subprocess.run(self._command("kafka.admin.ConfigCommand", *where, *change), check=True, capture_output=True)
 
     def close(self) -> None:
         """At once: nobody needs the data any more."""
@@ -394,7 +427,7 @@ class ApacheKafka(_Broker):
             "controller.quorum.voters": self._voters(),
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "INTERNAL",
-            "listeners": _listeners(node.ports),
+            "listeners": _listeners(_at_home(node.ports)),
             "advertised.listeners": _listeners({name: node.advertised[name] for name in self.protocols}),
             "listener.security.protocol.map": ",".join(
                 f"{name}:{protocol}" for name, protocol in {"CONTROLLER": "PLAINTEXT", **self.protocols}.items()
@@ -445,8 +478,16 @@ class ApacheKafka(_Broker):
         }
 
 
-def _listeners(ports: Mapping[str, int]) -> str:
-    return ",".join(f"{name}://{HOST}:{port}" for name, port in ports.items())
+def _cluster_id() -> str:
+    return "A" + secrets.token_urlsafe(16)[:21]  # an id beginning with "-" is taken for an option
+
+
+def _at_home(ports: Mapping[str, int]) -> dict[str, tuple[str, int]]:
+    return {name: (HOST, port) for name, port in ports.items()}
+
+
+def _listeners(addresses: Mapping[str, tuple[str, int]]) -> str:
+    return ",".join(f"{name}://{host}:{port}" for name, (host, port) in addresses.items())
 
 
 def _spawn(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -480,6 +521,74 @@ def _broker_ids(body: bytes, count: int) -> Iterator[int]:
         (rack,) = struct.unpack_from(">h", body, at + 6 + host + 4)
         yield identity
         at += 6 + host + 4 + 2 + max(rack, 0)
+
+
+class OldKafka(_Broker):
+    """One node of a Kafka from before KRaft, with its ZooKeeper; with AclAuthorizer, as was usual.
+
+    The listeners INTERNAL, at `direct`, for a super user without a name; SASL, at `bootstrap`, for `users` by PLAIN.
+    """
+
+    def __init__(self, folder: Path, version: str, users: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._version = version
+        self._users = users
+        self._ports = {name: free_port() for name in ("ZOOKEEPER", "INTERNAL", "SASL")}
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def bootstrap(self) -> str:
+        return f"{HOST}:{self._ports['SASL']}"
+
+    @property
+    def direct(self) -> str:
+        return f"{HOST}:{self._ports['INTERNAL']}"
+
+    def start(self, timeout: float = 90) -> None:
+        jars = apache_jars((f"org.apache.kafka:kafka_2.13:{self._version}", "org.slf4j:slf4j-log4j12:1.7.30"))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for main, properties in (
+            ("org.apache.zookeeper.server.quorum.QuorumPeerMain", self._zookeeper()),
+            ("kafka.Kafka", self._kafka()),
+        ):
+            path = self._folder / f"{main}.properties"
+            path.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+            with path.with_suffix(".log").open("wb") as log:
+                self._processes.append(_spawn([java(), *JVM, "-cp", jars, main, str(path)], log))
+        wait_until(lambda: bool(brokers_known(self._ports["INTERNAL"])), timeout, f"Kafka {self._version} answers")
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def _zookeeper(self) -> dict[str, str]:
+        return {
+            "dataDir": str(self._folder / "zookeeper"),
+            "clientPort": str(self._ports["ZOOKEEPER"]),
+            "clientPortAddress": HOST,
+            "admin.enableServer": "false",
+        }
+
+    def _kafka(self) -> dict[str, str]:
+        users = " ".join(f'user_{name}="{password}"' for name, password in self._users.items())
+        module = "org.apache.kafka.common.security.plain.PlainLoginModule"
+        addresses = {name: (HOST, self._ports[name]) for name in ("INTERNAL", "SASL")}
+        return {
+            "broker.id": "1",
+            "zookeeper.connect": f"{HOST}:{self._ports['ZOOKEEPER']}",
+            "listeners": _listeners(addresses),
+            "listener.security.protocol.map": "INTERNAL:PLAINTEXT,SASL:SASL_PLAINTEXT",
+            "inter.broker.listener.name": "INTERNAL",
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl.plain.sasl.jaas.config": f"{module} required {users};",
+            "authorizer.class.name": "kafka.security.authorizer.AclAuthorizer",
+            "super.users": "User:ANONYMOUS",
+            "log.dirs": str(self._folder / "data"),
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "1",
+        }
 
 
 # --- Tansu ----------------------------------------------------------------------------------------
@@ -546,6 +655,12 @@ def delete_topic(bootstrap: str, name: str) -> None:
     with _admin(bootstrap) as admin:
         admin.delete_topics([name])
         wait_until(lambda: name not in admin.list_topics(), 10, f"{name} is gone")
+
+
+def leader(bootstrap: str, name: str) -> int:
+    """The node that leads the topic's first partition."""
+    with _admin(bootstrap) as admin:
+        return int(admin.describe_topics([name])[0]["partitions"][0]["leader_id"]) - 1
 
 
 def add_partitions(bootstrap: str, name: str, total: int) -> None:

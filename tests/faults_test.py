@@ -28,13 +28,13 @@ from brokers import (
     create_topic,
     event_id,
     free_port,
+    leader,
     partition_of,
     read_all,
     set_topic_config,
     wait_until,
 )
 from conftest import ROOT, RunScript, Script, require_apache
-from kafka.admin import KafkaAdminClient
 from proxy import Proxy
 
 PRODUCER = "random_event_producer.py"
@@ -72,7 +72,8 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, script: Script) -> Summary:
-        found = SUMMARY.search(script.lines[-1])
+        last = script.lines[-1]
+        found = SUMMARY.search(json.loads(last)["message"] if last.startswith("{") else last)
         assert found, f"the last line is no summary:\n{script.tail()}"
         sent, failed, unconfirmed, ranges, again, skipped, run = found.groups()
         return cls(int(sent), int(failed), int(unconfirmed), ranges or "", int(again), int(skipped), run)
@@ -500,25 +501,16 @@ def check_lines(script: Script, outage: float) -> None:
 # --- three nodes ---
 
 
-def leader(lab: Lab) -> int:
-    """The node that leads the topic's only partition."""
-    client = KafkaAdminClient(bootstrap_servers=lab.kafka.direct.split(","))
-    try:
-        return int(client.describe_topics([lab.topic])[0]["partitions"][0]["leader_id"]) - 1
-    finally:
-        client.close()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pace", PACES)
 def test_leader_killed_then_two_of_three(pace: str, lab3: Lab, table: list[Row]) -> None:
     create_topic(lab3.kafka.direct, lab3.topic, 1, 3)
     script = lab3.produce(pace)
     lab3.watch.wait_sent(25)
-    first = leader(lab3)
+    first = leader(lab3.kafka.direct, lab3.topic)
     lab3.kafka.kill(first)
     lab3.watch.wait_sent(lab3.watch.sent + ENOUGH[pace])
-    second = leader(lab3)
+    second = leader(lab3.kafka.direct, lab3.topic)
     lab3.kafka.kill(second)
     script.wait_for(LOST)
     for node in (first, second):
@@ -537,7 +529,7 @@ def test_not_enough_replicas(pace: str, lab3: Lab, table: list[Row]) -> None:
     create_topic(lab3.kafka.direct, lab3.topic, 1, 3, {"min.insync.replicas": "3"})
     script = lab3.produce(pace)
     lab3.watch.wait_sent(25)
-    follower = (leader(lab3) + 1) % 3
+    follower = (leader(lab3.kafka.direct, lab3.topic) + 1) % 3
     lab3.kafka.kill(follower)
     script.wait_for(LOST)
     lab3.kafka.start_node(follower)

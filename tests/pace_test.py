@@ -29,8 +29,8 @@ from random_event_producer import (
     RandomEventProducer,
     Settings,
     Tally,
-    parse_event,
 )
+from test_random_consumer import parse_event
 
 PRODUCER = "random_event_producer.py"
 NANOSECONDS = 1_000_000_000
@@ -174,7 +174,13 @@ def test_it_is_finished_when_there_is_nothing_to_take(interval: float, duration:
 
 
 def event(event_type: str = "bounce", due: float = 0.0) -> Event:
-    return Event(event_type, b"1", b"{}", b"0123456789abcdef:7", 0, due)
+    return Event("0123456789abcdef", 7, event_type, b"1", b"{}", 0, due)
+
+
+def make(generator: RandomEventProducer) -> Event:
+    made = generator.generate_event()
+    assert made, "the stream has ended"
+    return made
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_more_events_cost_no_more_memory() -> None:
     ],
 )
 def test_timestamp(nanoseconds: int, text: str) -> None:
-    made = RandomEventProducer(clock=lambda: nanoseconds).generate_event()
+    made = make(RandomEventProducer(clock=lambda: nanoseconds))
     assert parse_event(made.value)["timestamp"] == text
     assert made.timestamp_ms == nanoseconds // 1_000_000
 
@@ -251,7 +257,7 @@ def test_the_clock_is_read_for_each_event() -> None:
     clock = iter(moments)
     generator = RandomEventProducer(clock=lambda: next(clock))
     for moment in moments:
-        made = generator.generate_event()
+        made = make(generator)
         whole, fraction = divmod(moment // 1000, 1_000_000)
         assert parse_event(made.value)["timestamp"].endswith(f":{whole % 60:02}.{fraction:06}")
         assert made.timestamp_ms == moment // 1_000_000
@@ -262,7 +268,7 @@ def test_every_event_is_valid_and_the_whole_range_is_used() -> None:
     generator = RandomEventProducer("ranges")
     seen: defaultdict[str, set[Any]] = defaultdict(set)
     for _ in range(20_000):
-        made = generator.generate_event()
+        made = make(generator)
         parsed = parse_event(made.value)
         assert made.key == str(parsed["user_id"]).encode()
         assert made.event_type == parsed["event_type"]
@@ -284,7 +290,7 @@ def test_types_and_users_are_evenly_spread() -> None:
     users: Counter[bytes] = Counter()
     types: Counter[str] = Counter()
     for _ in range(100_000):
-        made = generator.generate_event()
+        made = make(generator)
         users[made.key] += 1
         types[made.event_type] += 1
     assert all(count == pytest.approx(100_000 / 3, rel=0.03) for count in types.values())
@@ -297,7 +303,7 @@ def test_the_catalogue_is_consistent() -> None:
     for seed in ("a", "b", None):
         generator = RandomEventProducer(seed)
         for _ in range(10_000):
-            metadata = json.loads(generator.generate_event().value)["metadata"]
+            metadata = json.loads(make(generator).value)["metadata"]
             if "price" in metadata:
                 price[metadata["product_id"]].add(metadata["price"])
             if "category" in metadata:
@@ -312,12 +318,12 @@ def test_sequences_have_no_gap_and_runs_no_twin() -> None:
     assert len({generator.run for generator in generators}) == 5
     for generator in generators:
         assert re.fullmatch("[0-9a-f]{16}", generator.run)
-        event_ids = [generator.generate_event().event_id for _ in range(1000)]
+        event_ids = [make(generator).event_id for _ in range(1000)]
         assert event_ids == [f"{generator.run}:{number}" for number in range(1, 1001)]
 
 
 def stream(generator: RandomEventProducer, count: int = 500) -> list[tuple[Any, ...]]:
-    events = [json.loads(generator.generate_event().value) for _ in range(count)]
+    events = [json.loads(make(generator).value) for _ in range(count)]
     return [(made["user_id"], made["event_type"], made["metadata"]) for made in events]
 
 
@@ -344,7 +350,7 @@ def test_shards_share_the_users(count: int) -> None:
     seen: list[int] = []
     for index in range(count):
         generator = RandomEventProducer("s", index, count)
-        mine = {int(generator.generate_event().key) for _ in range(20 * 1000 // count)}
+        mine = {int(make(generator).key) for _ in range(20 * 1000 // count)}
         assert {user % count for user in mine} == {index}
         seen += mine
     assert sorted(seen) == list(range(1, 1001))

@@ -555,7 +555,7 @@ def test_the_reader_of_the_output_goes_away(tansu: Tansu, topic: str, command: s
 # ------------------------------------------------------------------------------------------------- configuration
 
 WRONG = {
-    "KAFKA_BROKER": "localhost",
+    "KAFKA_BROKER": "local host",
     "KAFKA_TOPIC": "user events",
     "INTERVAL_SECONDS": "-1",
     "MAX_EVENTS": "0",
@@ -603,7 +603,7 @@ LOGIN = {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USERNAME": "me", "KAFKA_SA
     ("environment", "culprit"),
     [
         *rows(
-            "KAFKA_BROKER", "host", "host:", ":9092", "host:0", "host:65536", "host:port", "a:1,b", "a:1,", "http://a:1"
+            "KAFKA_BROKER", "a b", "host:", ":9092", "host:0", "host:65536", "host:port", "::1", "a:1,", "http://a:1"
         ),
         *rows("KAFKA_TOPIC", "a b", "..", ".", "t" * 250, "käse", "a/b"),
         *rows("INTERVAL_SECONDS", "-0.1", "nan", "inf", "3s", "1,5"),
@@ -652,6 +652,8 @@ def test_a_bad_value(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str
         pytest.param({"INTERVAL_SECONDS": "0"}, "interval_seconds", 0, id="full-speed"),
         pytest.param({"MAX_EVENTS": ""}, "max_events", None, id="empty-is-unset"),
         pytest.param({"KAFKA_BROKER": "a:1, b:2"}, "bootstrap_servers", ["a:1", "b:2"], id="several-brokers"),
+        pytest.param({"KAFKA_BROKER": "localhost"}, "bootstrap_servers", ["localhost:9092"], id="no-port"),
+        pytest.param({"KAFKA_BROKER": "a:1,b,[::1]"}, "bootstrap_servers", ["a:1", "b:9092", "[::1]:9092"], id="ports"),
         pytest.param({"KAFKA_BROKER": "[::1]:9092"}, "bootstrap_servers", ["[::1]:9092"], id="ipv6"),
         pytest.param({"KAFKA_PORT": "tcp://10.0.0.1:9092"}, "kafka_topic", "user-events", id="foreign-variable"),
         pytest.param({"log_level": "debug"}, "log_level", "DEBUG", id="any-case"),

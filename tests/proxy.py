@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, Self
 
 from brokers import HOST, free_port
@@ -17,14 +18,15 @@ Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Proxy:
-    """127.0.0.1:`port` -> 127.0.0.1:`target_port`; each fault holds, for open connections too, until the next.
+    """`host`:`port` -> 127.0.0.1:`target_port`; each fault holds, for open connections too, until the next.
 
-    A fault replaces the one before; `passthrough()` ends it. `connections` counts those accepted so far,
-    `dropped` the responses lost so far.
+    `target_port` may be changed: it is where the next connection goes. A fault replaces the one before;
+    `passthrough()` ends it. `connections` counts those accepted so far, `dropped` the responses lost so far.
     """
 
-    def __init__(self, target_port: int, port: int | None = None) -> None:
+    def __init__(self, target_port: int, port: int | None = None, host: str = HOST) -> None:
         self.target_port = target_port
+        self.host = host
         self.port = port or free_port()
         self.connections = 0
         self.dropped = 0
@@ -121,7 +123,7 @@ class Proxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._accept, HOST, self.port)
+            self._server = await asyncio.start_server(self._accept, self.host, self.port)
 
     async def _unlisten(self) -> None:
         if self._server is not None:
@@ -256,3 +258,65 @@ class _Frames:
                     self._body, self._header = int.from_bytes(self._header), b""
             at += step
         return found
+
+
+# --- peers that are no Kafka ----------------------------------------------------------------------
+
+
+class Peer:
+    """Whoever listens at 127.0.0.1:`port` instead of Kafka.
+
+    It says `first` unasked, reads a request, says `answer`, and ends the connection; with `stays` it holds it open.
+    """
+
+    def __init__(self, first: bytes = b"", answer: bytes = b"", stays: bool = False) -> None:
+        self._first = first
+        self._answer = answer
+        self._stays = stays
+        self._server = socket.create_server((HOST, free_port()))
+        self._open: list[socket.socket] = []
+        self.port: int = self._server.getsockname()[1]
+        threading.Thread(target=self._serve, name=f"peer-{self.port}", daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for one in (self._server, *self._open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                self._open.append(connection)
+                threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(self._first)
+            connection.recv(CHUNK)
+            connection.sendall(self._answer)
+            if not self._stays:
+                connection.close()
+
+
+@contextlib.contextmanager
+def unanswered(host: str = HOST, port: int = 0) -> Iterator[int]:
+    """A port where a connection is never made, as behind a firewall that drops packets: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind((host, port or free_port()))
+        server.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(server.getsockname())
+        yield server.getsockname()[1]

@@ -1,0 +1,200 @@
+"""What the tool mends in its Kafka client, each with the defect seen without it.
+
+Where a fault of a whole cluster is needed to see the defect, the test that does so is named instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import kafka
+import pytest
+from conftest import ROOT
+from kafka.net import inet, transport
+from kafka.net.selector import NetworkSelector
+
+sys.path.insert(0, str(ROOT))
+
+import random_event_producer as tool
+
+HOST = "127.0.0.1"
+SOURCE = (ROOT / "random_event_producer.py").read_text()
+SECTION = SOURCE[SOURCE.index("kafka-python, repaired") : SOURCE.index("-- reaching Kafka")]
+
+# Each repair by a name in the section, and the tests that fail without it.
+REPAIRS = {
+    "receive_first": ["repairs_test.py::test_last_words", "security_test.py::test_bad_combination_ends_with_its_line"],
+    "handshake": [
+        "repairs_test.py::test_handshake_limit",
+        "security_test.py::test_handshake_in_mid_run_is_never_answered",
+    ],
+    "_create_connection": ["repairs_test.py::test_a_silent_address_of_several"],
+    "_request_update_once": ["security_test.py::test_credentials_are_revoked_and_valid_again"],
+    "connection_delay": ["faults_test.py::test_everything_arrives"],
+    "_reset_backoff_if_connected": ["security_test.py::test_credentials_are_revoked_and_valid_again"],
+    "_back_off": ["cluster_test.py"],
+    "bootstrap_brokers": ["field_test.py"],
+    "_closed": ["security_test.py::test_bad_combination_ends_with_its_line"],
+    "_initialize": ["cluster_test.py", "security_test.py::test_bad_combination_ends_with_its_line"],
+    "_end_line": ["field_test.py"],
+    "send": ["producer_test.py::test_larger_than_the_client_takes"],
+    "_can_retry": ["refusal_test.py"],
+    "_end_batch": ["repairs_test.py::test_a_defect_of_a_repair_ends_the_run"],
+    "_repair_batch": ["refusal_test.py", "faults_test.py::test_refused_among_others"],
+    "_look_at_topic": ["cluster_test.py"],
+    "_send_unless_changed": ["cluster_test.py"],
+    "take_back": ["cluster_test.py"],
+    "end": ["producer_test.py::test_signals_while_kafka_is_gone"],
+}
+
+
+def test_version() -> None:
+    """Another version of the client: look at each repair again, whether it is needed and whether it still fits."""
+    assert kafka.__version__ == tool.CLIENT_VERSION, f"look again at: {', '.join(REPAIRS)}"
+
+
+@pytest.mark.parametrize(("name", "tests"), REPAIRS.items(), ids=REPAIRS)
+def test_every_repair_has_a_test(name: str, tests: list[str]) -> None:
+    assert re.search(rf"\bdef {name}\(|\.{name} = ", SECTION), f"there is no {name} in the section any more"
+    for test in tests:
+        file, _, function = test.partition("::")
+        assert f"def {function}" in (Path(__file__).parent / file).read_text(), test
+
+
+def test_nothing_else_reads_private_names_of_the_client() -> None:
+    """Outside the section no attribute with an underscore is read, but of `self`, `cls` and modules of our own."""
+    for script in ROOT.glob("*.py"):
+        text = script.read_text().replace(SECTION, "")
+        found = re.findall(r"(?<![\w\"'])(?!self\b|cls\b|os\b|super\(\))([\w\])]+)\._[a-z]\w*", text)
+        assert found == [], script.name
+
+
+def test_another_version_is_noticed(run_script: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "kafka").mkdir()
+    (tmp_path / "kafka" / "__init__.py").write_text("__version__ = '9.9.9'\n")
+    script = run_script("random_event_producer.py", PYTHONPATH=tmp_path)
+    assert script.wait() == 2
+    assert script.stderr_lines == [
+        f"kafka-python {tool.CLIENT_VERSION} is needed, and 9.9.9 is installed. Install the packages: "
+        "pip install -r requirements.txt, or start with uv run"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- connections
+
+
+def unrepaired(module: ModuleType) -> Any:
+    """A second copy of a module of the client, as it was installed."""
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_unrepaired", str(module.__file__))
+    assert spec
+    assert spec.loader
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    return fresh
+
+
+@pytest.fixture
+def net() -> Iterator[NetworkSelector]:
+    made = NetworkSelector()
+    yield made
+    made.close()
+
+
+def test_last_words(net: NetworkSelector) -> None:
+    """What came together with the end of the stream was thrown away."""
+
+    def received(module: Any) -> tuple[bytes, bool]:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(b"refused")
+        theirs.close()
+        ours.setblocking(False)
+        data, error = module.KafkaTCPTransport(net, ours)._sock_recv()
+        ours.close()
+        return data, error is None
+
+    assert received(unrepaired(transport)) == (b"refused", False)  # the error goes first, and the data with it
+    assert received(transport) == (b"refused", True)
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server((HOST, 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_handshake_limit(net: NetworkSelector, silent: int) -> None:
+    def ends(module: Any) -> bool:
+        connection = socket.create_connection((HOST, silent))
+        connection.setblocking(False)
+        made = module.KafkaSSLTransport(net, connection, host=HOST, ssl_context=ssl.create_default_context())
+        shaken = net.call_soon_with_future(made.handshake)
+        net.poll(timeout_ms=1000 * (tool.SILENT_SECONDS + 1), future=shaken)
+        done: bool = shaken.is_done
+        made.close()
+        return done
+
+    assert not ends(unrepaired(transport))
+    assert ends(transport)
+
+
+def test_a_silent_address_of_several(net: NetworkSelector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with two addresses: the first drops what comes (its backlog is full), the second is there."""
+    with socket.create_server((HOST, 0), backlog=0) as full, socket.create_server((HOST, 0)) as good:
+        crowd = []
+        for _ in range(4):  # until the queue of the port is full, and the next one hears nothing
+            crowd.append(socket.socket())
+            crowd[-1].setblocking(False)
+            crowd[-1].connect_ex(full.getsockname())
+        addresses = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place.getsockname()) for place in (full, good)]
+
+        def connects(create_connection: Any, module: Any) -> bool:
+            monkeypatch.setattr(module.KafkaNetSocket, "dns_lookup", lambda *_, **__: addresses)
+            trial = net.call_soon_with_future(create_connection, net, "name", 1, (), None, time.monotonic() + 2)
+            net.poll(timeout_ms=4000, future=trial)
+            return bool(trial.succeeded())
+
+        fresh = unrepaired(inet)
+        assert not connects(fresh.create_connection, fresh)
+        assert connects(kafka.net.manager.create_connection, inet)
+        for one in crowd:
+            one.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+BROKEN = """
+import sys
+sys.path.insert(0, {root!r})
+import random_event_producer as tool
+
+class Broken(tool.Producer):
+    def _repair_batch(self, batch, error, partition_response):
+        raise KeyError("a defect")
+
+tool.Producer = Broken
+raise SystemExit(tool.main())
+"""
+
+
+def test_a_defect_of_a_repair_ends_the_run(
+    run_script: Callable[..., Any], apache: Any, topic: str, tmp_path: Path
+) -> None:
+    """The client would log it and never send to that partition again."""
+    from brokers import create_topic
+
+    create_topic(apache.direct, topic, config={"max.message.bytes": "100"})
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN.format(root=str(ROOT)))
+    script = run_script(str(broken), KAFKA_BROKER=apache.bootstrap, KAFKA_TOPIC=topic, INTERVAL_SECONDS=0.1)
+    script.wait_for("ERROR - a repair of the Kafka client has failed: KeyError")
+    assert script.wait() == 1
