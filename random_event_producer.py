@@ -1148,6 +1148,7 @@ NO_TLS = (
 )
 NO_KAFKA = "{at} does not speak Kafka's protocol: "
 CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to a trusted one"
+WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
 CAUSES = (  # the first that fits
     Cause("cannot be resolved", False, "the name {host} cannot be resolved"),
     Cause("ECONNREFUSED", False, "nothing listens at {at}"),
@@ -1162,13 +1163,13 @@ CAUSES = (  # the first that fits
     Cause("ALERT.*(CERT|_CA)", True, "{at} refuses this " + CERTIFICATE),
     Cause(r"SSL: (TLSV|SSLV3)|PROTOCOL", True, "{at} and this machine do not agree on TLS: {error}"),
     Cause("Handshake failed", False, NO_TLS),
-    Cause("starts with TLS", True, "{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to {tls}"),
+    Cause("starts with TLS", True, "{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL"),
     Cause("starts with '(HTTP|<)", True, NO_KAFKA + "an HTTP server answers there; check KAFKA_BROKER"),
     Cause("starts with", True, NO_KAFKA + "its answer {error}; check KAFKA_BROKER"),
     Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no question; check KAFKA_BROKER"),
     Cause("IncompatibleBrokerVersion", True, "{at} is a Kafka controller, or too old: set KAFKA_BROKER to a broker"),
-    Cause("first request: .*disconnected", True, "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to {login}"),
-    Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to {no_login}"),
+    Cause("first request: .*disconnected", True, WANTS_LOGIN),
+    Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL"),
     Cause("UnsupportedSaslMechanism", True, "{at} has no {mechanism}: set KAFKA_SASL_MECHANISM to one of {offered}"),
     Cause("Authentication|SCRAM|Scram", True, "{at} refuses the login of {user!r}: check user name, password{blanks}"),
     Cause("", False, "{at} ends the connection ({error})"),
@@ -1180,7 +1181,6 @@ class Network:
 
     def __init__(self, settings: Settings, rights: str = "Write and Describe") -> None:
         """`rights`: what the user needs on the topic."""
-        tls, login = (word in settings.kafka_security_protocol for word in ("SSL", "SASL"))
         self.cluster: Any = None  # the client's picture of it
         self.servers = settings.bootstrap_servers
         self._topic, self._rights = settings.kafka_topic, rights
@@ -1191,9 +1191,6 @@ class Network:
         self._answer: tuple[float, str] = (-math.inf, "")  # the last one to a batch that was not confirmed
         self._words = {
             "requires": "refuses this" if settings.kafka_ssl_certfile else "requires a",
-            "tls": "SASL_SSL" if login else "SSL or SASL_SSL",
-            "login": "SASL_SSL" if tls else "SASL_PLAINTEXT",
-            "no_login": "SSL" if tls else "PLAINTEXT",
             "mechanism": settings.kafka_sasl_mechanism,
             "user": settings.kafka_sasl_username,
             "blanks": _blanks(settings),
@@ -1367,6 +1364,60 @@ HINTS = {
 }
 
 
+class Watch:
+    """Notices that Kafka has stopped confirming, or confirms again; says so in the log and in `tally.trouble`."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._confirmed_at: dict[int, float] = {}  # by partition
+        self._lost_at = 0.0  # when Kafka stopped; 0: it has not
+        self._most_waiting, self._cause = 0, ""  # events, and why, since then
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clocks anew."""
+        self._began = self._looked_at = time.monotonic()
+        self._confirmed_at.clear()
+
+    def confirmed(self, partitions: Iterable[int], now: float) -> None:
+        self._confirmed_at.update(dict.fromkeys(partitions, now))
+
+    @property
+    def progress(self) -> float:
+        """When something was confirmed last (monotonic), or could have been for the first time."""
+        return max(self._confirmed_at.values(), default=self._began)
+
+    def quiet(self, waits: dict[int, float]) -> dict[int, float]:
+        """Partition -> seconds without a confirmation; `waits`: when its oldest event was due."""
+        now = time.monotonic()
+        return {where: now - max(due, self._confirmed_at.get(where, self._began)) for where, due in waits.items()}
+
+    def look(self, waits: dict[int, float], unconfirmed: int, find_cause: Callable[[Iterable[int]], str]) -> None:
+        now = time.monotonic()
+        if now - self._looked_at >= STALLED_SECONDS:  # there is no saying what Kafka did
+            log.warning("This process stood still for %.0f s (was it suspended?)", now - self._looked_at)
+            self.begin()
+        self._looked_at = now
+        stalled = {where: seconds for where, seconds in self.quiet(waits).items() if seconds >= STALLED_SECONDS}
+        if stalled:
+            self._lost_at = self._lost_at or now - max(stalled.values())
+            self._most_waiting = max(self._most_waiting, unconfirmed)
+            self._cause = find_cause(stalled) or self._cause  # not forgotten in the moment when it ends
+            self._say(stalled, of_all=len(stalled) == len(waits))
+        elif self._lost_at and self.progress > self._lost_at:
+            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
+            self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""
+        if not self._lost_at and -1 not in waits:
+            self._tally.trouble = ""
+
+    def _say(self, stalled: dict[int, float], of_all: bool) -> None:
+        cause, seconds = self._cause or "the brokers answer, but do not confirm", max(stalled.values())
+        of = "" if of_all else f" of partition {', '.join(map(str, sorted(stalled)))}"
+        self._tally.trouble = f"no confirmation{of} for {seconds:.0f} s: {cause}"
+        what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
+        log.warning(what, of, seconds, cause, self._most_waiting)
+
+
 class Delivery:
     """Sends events in order and knows which are not confirmed: made = sent + failed + unconfirmed, always.
 
@@ -1388,11 +1439,7 @@ class Delivery:
         self._waiting: deque[Event] = deque()  # for the topic
         self._on_their_way: defaultdict[int, deque[tuple[Event, Future]]] = defaultdict(deque)  # by partition
         self._refused = 0  # in a row
-        self._progress = time.monotonic()  # when something was confirmed last, or Kafka was reached
-        self._progress_of: dict[int, float] = {}  # partition -> the same
-        self._opened_at = self._looked_at = time.monotonic()
-        self._lost_at = 0.0  # when Kafka stopped confirming; 0: it has not
-        self._most_waiting, self._cause = 0, ""  # events, and why, since then
+        self._watch = Watch(tally)
 
     def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
         """Connect, `prepare()`, wait for the topic. False when a stop is asked for; raises GiveUp."""
@@ -1412,7 +1459,7 @@ class Delivery:
         )
 
         def reached() -> bool:
-            self._looked_at = tally.turned_at = time.monotonic()
+            tally.turned_at = time.monotonic()
             tally.trouble = f"Kafka is not reached yet: {network.trouble() or 'it does not answer'}"
             return network.reached
 
@@ -1426,7 +1473,7 @@ class Delivery:
         prepare()
         if not await_topic(topic_is_there, network, settings, self._stop.asked):
             return False
-        self._progress = self._opened_at = time.monotonic()
+        self._watch.begin()
         tally.trouble = ""
         return True
 
@@ -1472,10 +1519,10 @@ class Delivery:
             self.send()
         now = time.monotonic()
         self._tally.unconfirmed, self._tally.turned_at = self.unconfirmed, now
-        self._watch(now)
+        self._watch.look(self._waits(), self.unconfirmed, self._find_cause)
         if dead and not self._stop.asked(STOP_GRACE_SECONDS):
             raise GiveUp(f"Kafka refuses this producer: {_hint(dead)}")
-        if self._refused >= REFUSED_IN_A_ROW and now - self._progress >= REFUSED_SECONDS:
+        if self._refused >= REFUSED_IN_A_ROW and now - self._watch.progress >= REFUSED_SECONDS:
             raise GiveUp("nothing gets through any more: Kafka has refused the last events, as said above")
 
     def _collect(self) -> Exception | None:
@@ -1510,9 +1557,9 @@ class Delivery:
     def _confirmed(self, entries: list[tuple[Event, Future]]) -> None:
         if not entries:
             return
-        self._progress, self._refused = time.monotonic(), 0
-        self._progress_of.update((future.value.partition, self._progress) for _, future in entries)
-        self._tally.confirmed([event for event, _ in entries], self._progress)
+        now, self._refused = time.monotonic(), 0
+        self._watch.confirmed({future.value.partition for _, future in entries}, now)
+        self._tally.confirmed([event for event, _ in entries], now)
         if self._on_confirmed:
             for event, future in entries:
                 self._on_confirmed(event, future.value.partition, future.value.offset)
@@ -1524,42 +1571,13 @@ class Delivery:
 
     # -- how it goes
 
-    def _quiet(self, now: float) -> dict[int, float]:
-        """Partition -> seconds without a confirmation, though something waits for one. -1: events that wait here."""
+    def _waits(self) -> dict[int, float]:
+        """Partition -> when the oldest event that it has not confirmed was due. -1: events that wait here."""
         waits = {partition: entries[0][0].due for partition, entries in self._on_their_way.items() if entries}
-        if self._waiting:
-            waits[-1] = self._waiting[0].due
-        start = self._opened_at
-        return {partition: now - max(due, self._progress_of.get(partition, start)) for partition, due in waits.items()}
-
-    def _watch(self, now: float) -> None:
-        """Notice that Kafka has stopped confirming, or confirms again; say so."""
-        if now - self._looked_at >= STALLED_SECONDS:
-            log.warning("This process stood still for %.0f s (was it suspended?)", now - self._looked_at)
-            self._opened_at = now  # there is no saying what Kafka did
-            self._progress_of.clear()
-        self._looked_at = now
-        quiet = self._quiet(now)
-        stalled = {partition: seconds for partition, seconds in quiet.items() if seconds >= STALLED_SECONDS}
-        if stalled:
-            self._say_stalled(stalled, some=len(stalled) < len(quiet), seconds=max(stalled.values()), now=now)
-        elif self._lost_at and self._progress > self._lost_at:
-            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
-            self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""
-        if not self._waiting and not self._lost_at:
-            self._tally.trouble = ""
-
-    def _say_stalled(self, partitions: Iterable[int], some: bool, seconds: float, now: float) -> None:
-        self._lost_at = self._lost_at or now - seconds
-        self._most_waiting = max(self._most_waiting, self.unconfirmed)
-        self._cause = self._find_cause(partitions) or self._cause  # not forgotten in the moment when it ends
-        cause = self._cause or "the brokers answer, but do not confirm"
-        of = f" of partition {', '.join(map(str, sorted(partitions)))}" if some else ""
-        self._tally.trouble = f"no confirmation for {seconds:.0f} s: {cause}"
-        what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
-        log.warning(what, of, seconds, cause, self._most_waiting)
+        return waits | ({-1: self._waiting[0].due} if self._waiting else {})
 
     def _find_cause(self, partitions: Iterable[int]) -> str:
+        """Why these do not confirm, as far as it is known."""
         if self._waiting or self._producer is None:
             return f"topic {self._topic} is not there"
         return self._network.leaderless(partitions) or self._producer.held_up() or self._network.trouble()
@@ -1581,7 +1599,7 @@ class Delivery:
         """Wait for what is on its way, while some is confirmed every `patience` seconds; after a stop for
         STOP_GRACE_SECONDS at most. Raises GiveUp."""
         while self.unconfirmed and self._producer and not self._stop.asked(STOP_GRACE_SECONDS):
-            if max(self._quiet(time.monotonic()).values()) > patience:
+            if max(self._watch.quiet(self._waits()).values()) > patience:
                 break
             self.wait(math.inf)
             self.settle()

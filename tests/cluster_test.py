@@ -67,8 +67,8 @@ def stop(script: Script) -> Summary:
 def moved(kafka: ApacheKafka, front: Proxy) -> float:
     """All brokers go, and come back at other addresses; the name in front leads to them. Returns when they are back."""
     nodes = range(len(kafka.direct.split(",")))
-    for node in nodes:
-        kafka.stop(node)
+    for node in nodes:  # the last of three would wait for the others to be told that it goes
+        kafka.stop(node) if len(nodes) == 1 else kafka.kill(node)
     for node in nodes:
         kafka.move(node)
         kafka.start_node(node, wait=False)
