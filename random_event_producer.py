@@ -26,9 +26,9 @@ from __future__ import annotations
 import os
 import signal
 
-if __name__ == "__main__":  # a stop while the libraries load: nothing was made, so there is nothing to say
+if __name__ == "__main__":  # a stop while the libraries load: nothing was made, though MAX_EVENTS may have asked for it
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: os._exit(0))
+        signal.signal(stop_signal, lambda *_: os._exit(int("MAX_EVENTS" in os.environ)))
 
 import contextlib
 import ctypes
@@ -1624,7 +1624,6 @@ class Printer:
 
     def __init__(self, tally: Tally, stop: Stop) -> None:
         self._tally, self._stop = tally, stop
-        self._unwritten: list[int] = []  # sequences
 
     def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
         prepare()
@@ -1635,8 +1634,7 @@ class Printer:
         if events and show(b"\n".join(event.value for event in events), self._stop):
             self._tally.confirmed(events, time.monotonic())
         else:
-            self._unwritten += [event.sequence for event in events]
-            self._tally.unconfirmed = len(self._unwritten)
+            self._tally.made -= len(events)  # their reader has gone: nobody has missed them
 
     def settle(self) -> None:
         self._tally.turned_at = time.monotonic()
@@ -1651,7 +1649,7 @@ class Printer:
         """Nothing is open."""
 
     def unconfirmed_ranges(self) -> str:
-        return format_ranges(ranges_of(self._unwritten), BURST_EVENTS)
+        return ""
 
 
 def _hint(error: Exception) -> str:
@@ -1713,6 +1711,7 @@ def show(text: str | bytes, stop: Stop) -> bool:
         stop.request()
         return False
     except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once
         raise GiveUp(f"standard output cannot be written to: {error.strerror}") from None
 
 
@@ -1991,26 +1990,28 @@ class Run:
 
     def __call__(self) -> int:
         """Returns the exit code. Raises BadConfiguration."""
-        settings, tally, gave_up = self._settings, self._tally, False
-        with contextlib.ExitStack() as stack:
-            if not self._printing:
-                stack.enter_context(embedded_broker(settings, self._stop))
-            stack.enter_context(metrics_server(settings, tally))
-            stack.enter_context(self._progress_bar())
-            try:
-                if self._delivery.open(self._prepare):
-                    self._main_loop()
-                self._delivery.drain()
-                self._advance_bar()
-            except GiveUp as reason:
-                log.error("%s", reason)
-                gave_up = True
-            finally:
-                self._delivery.close()
+        tally, gave_up = self._tally, False
+        try:
+            self._send_all()
+        except GiveUp as reason:
+            log.error("%s", reason)
+            gave_up = True
         self._summary()
         # An evicted Job has not done its work, though every event that it made is confirmed.
-        cut_short = bool(settings.max_events and tally.made < settings.max_events and self._stop.requested)
-        return int(gave_up or tally.total_sent < tally.made or (cut_short and not self._ended))
+        cut_short = self._stop.requested and not self._ended and tally.made < (self._settings.max_events or 0)
+        return int(gave_up or cut_short or tally.total_sent < tally.made)
+
+    def _send_all(self) -> None:
+        with contextlib.ExitStack() as stack:
+            if not self._printing:
+                stack.enter_context(embedded_broker(self._settings, self._stop))
+            stack.enter_context(metrics_server(self._settings, self._tally))
+            stack.enter_context(self._progress_bar())
+            stack.callback(self._delivery.close)
+            if self._delivery.open(self._prepare):
+                self._main_loop()
+            self._delivery.drain()
+            self._advance_bar()
 
     def _prepare(self) -> None:
         if not self._stop.requested:

@@ -62,17 +62,18 @@ def send_samples(script: Script) -> int:
     def confirmed(event: Event, partition: int, offset: int) -> None:
         show(f"partition {partition}, offset {offset}, key {event.key.decode()}: {event.value.decode()}", stop)
 
-    delivery = Delivery(settings, tally, stop, confirmed)
+    delivery, gave_up = Delivery(settings, tally, stop, confirmed), False
     try:
         if delivery.open():
             delivery.send(*samples(generator, settings.max_events))
             delivery.drain(patience=settings.connect_timeout_seconds)
     except GiveUp as reason:
         log.error("%s", reason)
+        gave_up = True
     finally:
         delivery.close()
     show(f"{tally.total_sent} of {settings.max_events} events confirmed", stop)
-    return int(tally.total_sent != settings.max_events)
+    return int(gave_up or tally.total_sent != settings.max_events)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from brokers import ApacheKafka, NoApacheKafkaError, Tansu, apache_jars, java
+from brokers import HOST, ApacheKafka, NoApacheKafkaError, Tansu, apache_jars, java, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = re.compile(r"(KAFKA|INTERVAL|MAX|DURATION|CONNECT|SHARD|METRICS|LOG|TIMEOUT)_.*|SEED|START", re.IGNORECASE)
 PATIENCE = 30.0
+EMBEDDED = f"{HOST}:9092"  # where the embedded broker is
 
 Broker = ApacheKafka | Tansu
 RunScript = Callable[..., "Script"]
@@ -194,3 +196,20 @@ def make_apache(tmp_path: Path) -> Iterator[MakeApache]:
 def topic() -> str:
     """A name that was never used (the brokers make topics when asked for them)."""
     return f"events-{secrets.token_hex(6)}"
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as connection:
+        return connection.connect_ex((host, int(port))) == 0
+
+
+@pytest.fixture
+def own_port() -> None:
+    """The embedded broker's port, which others may use too."""
+    try:
+        wait_until(lambda: not listens(EMBEDDED), 20, f"{EMBEDDED} is free")
+    except TimeoutError:
+        if os.environ.get("REQUIRE_APACHE_KAFKA") == "1":
+            pytest.fail(f"{EMBEDDED}, where the embedded broker has to be, is taken on this machine")
+        pytest.skip(f"{EMBEDDED} is taken on this machine")

@@ -71,6 +71,7 @@ def test_image_environment_is_the_tools() -> None:
     environment = dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
     assert {name for name in environment if not name.startswith("PYTHON")} <= VARIABLES
     assert environment["METRICS_PORT"] == instructions("EXPOSE")[0] == "8000"
+    assert environment["METRICS_HOST"] == manifests()["ConfigMap"]["data"]["METRICS_HOST"] == "::"
 
 
 def test_image_installs_dependencies_before_the_source() -> None:
@@ -104,7 +105,7 @@ def health_check(port: object) -> int:
     (_, arguments), *_ = [line for line in dockerfile() if line[0] == "HEALTHCHECK"]
     command = json.loads(arguments[arguments.index("CMD ") + 4 :])
     assert command[0] == "python"
-    environment = {**os.environ, "METRICS_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
+    environment = {**os.environ, "METRICS_HOST": "::", "METRICS_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, timeout=20)
     return done.returncode
 
@@ -247,6 +248,19 @@ def test_pods_take_their_number_from_their_label() -> None:
         "StatefulSet": [{"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}],
         "Job": [{"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-completion-index']"}}],
     }
+
+
+def test_only_a_job_that_is_done_counts_as_done() -> None:
+    """Exit code 2 ends it; an evicted Pod (exit code 1, and the condition) is replaced; any other end is a failure."""
+    job = workloads()["Job"]
+    container = job["template"]["spec"]["containers"][0]["name"]
+    assert job["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"containerName": container, "operator": "In", "values": [2]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    assert job["backoffLimit"] > 0
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # else the policy is refused
+    assert job.get("podReplacementPolicy", "Failed") == "Failed"  # never two Pods with the same users
 
 
 def test_probes_ask_what_the_tool_serves(metrics: tuple[int, tool.Tally]) -> None:

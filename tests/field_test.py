@@ -53,7 +53,7 @@ ELSEWHERE = "127.0.0.2"  # another address of this machine
 TOPIC = "open"
 LEADERLESS = "no leader|without a leader"
 FEW_REPLICAS = "too few replicas.* in sync"
-NOT_THERE = "does not exist|is not there|kafka-topics|create it"
+NOT_THERE = "[Tt]opic \\S+ (does not exist|is not there)|kafka-topics|create it"
 
 Settings = dict[str, object]
 

@@ -258,7 +258,15 @@ def test_loop_that_hangs_is_not_healthy(watch: Any) -> None:
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [("/", 200), ("/metric", 404), ("/metrics/", 404), ("/healthz?verbose", 200), ("/metrics?name[]=none", 200)],
+    [
+        ("/", 200),
+        ("/?", 200),
+        ("/index.html", 404),
+        ("/metric", 404),
+        ("/metrics/", 404),
+        ("/healthz?verbose", 200),
+        ("/metrics?name[]=none", 200),
+    ],
     ids=str,
 )
 def test_paths(live: Watched, path: str, status: int) -> None:

