@@ -2020,8 +2020,8 @@ class Run:
     def _main_loop(self) -> None:
         settings, tally, delivery, make = self._settings, self._tally, self._delivery, self._generator.generate_event
         self._pace = pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
-        where = "standard output" if self._printing else f"topic {settings.kafka_topic}"
-        log.info("Sending to %s, run %s", where, self._generator.run)
+        what = "Printing events" if self._printing else f"Sending to topic {settings.kafka_topic}"
+        log.info("%s, run %s", what, self._generator.run)
         gc.collect()
         gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
@@ -2209,7 +2209,7 @@ def _told(about: str, settings_type: type[Settings], flags: dict[str, str], give
 def main(
     generator: type[AnyGenerator] = RandomEventProducer,  # type: ignore[assignment]
     about: str = str(__doc__),
-    **actions: Callable[[AnyGenerator, Any, Stop], int],
+    **actions: Callable[[AnyGenerator, Script], int],
 ) -> int:
     """Run the producer with this generator, which may be a subclass; returns the exit code.
 
@@ -2223,7 +2223,7 @@ def main(
         events.check_event_types()
         for name, action in actions.items():
             if f"--{name}" in script.flags:
-                return action(events, script.settings, script.stop)
+                return action(events, script)
         return Run(script.settings, script.stop, script.console, events, "--print" in script.flags)()
 
     return run_script(about, generator.settings_type, work, flags, flags.keys() - {"--schema"})

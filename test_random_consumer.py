@@ -42,13 +42,13 @@ except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
 
+import random_event_producer as tool
+from random_event_producer import GiveUp, Stop, key_hash, log, setting
+
 import orjson
 from kafka import TopicPartition
 from kafka.errors import AuthorizationError, KafkaError, LogTruncationError, OffsetOutOfRangeError
 from pydantic import Field
-
-import random_event_producer as tool
-from random_event_producer import GiveUp, Stop, key_hash, log, setting
 
 BATCH = 1000  # records between two looks at signals
 POLL_MS = 100

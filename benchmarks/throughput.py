@@ -30,10 +30,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import random_event_producer as tool
+
 from brokers import ApacheKafka, create_topic, read_all
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-
-import random_event_producer as tool
 
 ROUNDS = 3
 BEST = {

@@ -19,7 +19,9 @@ import pytest
 from brokers import HOST, ApacheKafka, NoApacheKafkaError, Tansu, apache_jars, java, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = re.compile(r"(KAFKA|INTERVAL|MAX|DURATION|CONNECT|SHARD|METRICS|LOG|TIMEOUT)_.*|SEED|START", re.IGNORECASE)
+SETTINGS = re.compile(
+    r"(KAFKA|INTERVAL|MAX|DURATION|CONNECT|SHARD|METRICS|LOG|TIMEOUT|START|END)_.*|SEED|START", re.IGNORECASE
+)
 PATIENCE = 30.0
 EMBEDDED = f"{HOST}:9092"  # where the embedded broker is
 

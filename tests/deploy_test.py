@@ -131,7 +131,7 @@ def test_health_check_without_an_answer() -> None:
 def test_compose_accepts_the_file(command: list[str]) -> None:
     if not shutil.which(command[0]) or subprocess.run([*command, "version"], capture_output=True).returncode:
         pytest.skip(f"no {' '.join(command)} here")
-    profiles = [word for name in ("random", "frontend", "monitoring") for word in ("--profile", name)]
+    profiles = [word for name in ("random", "churn", "frontend", "monitoring") for word in ("--profile", name)]
     done = subprocess.run(
         [*command, "-f", str(COMPOSE), *profiles, "config", "-q"], capture_output=True, text=True, timeout=60
     )
@@ -143,6 +143,7 @@ def test_compose_profiles() -> None:
     assert {name: service.get("profiles") for name, service in compose()["services"].items()} == {
         "kafka": None,
         "random-event-producer": ["random"],
+        "random-churn-producer": ["churn"],
         "kafka-ui": ["frontend"],
         "prometheus": ["monitoring"],
         "grafana": ["monitoring"],
@@ -157,7 +158,7 @@ def test_compose_publishes_on_this_machine_only() -> None:
 
 def test_compose_images_are_pinned() -> None:
     images = {name: service["image"] for name, service in compose()["services"].items()}
-    assert images["random-event-producer"] == IMAGE
+    assert images["random-event-producer"] == images["random-churn-producer"] == IMAGE
     assert [image for image in images.values() if not re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+", image)] == []
 
 
@@ -167,6 +168,13 @@ def test_compose_producer() -> None:
     assert service["environment"]["KAFKA_BROKER"] == "kafka:29092"
     assert service["depends_on"] == {"kafka": {"condition": "service_healthy"}}
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+
+
+def test_compose_churn_producer_is_the_same_with_another_script() -> None:
+    plain, churn = (dict(compose()["services"][f"random-{name}-producer"]) for name in ("event", "churn"))
+    assert churn.pop("command") == ["python", "random_churn_producer.py"]
+    differing = {name for name in plain if plain[name] != churn.get(name)}
+    assert differing == {"profiles", "container_name", "command"}
 
 
 def test_compose_defaults_are_the_tools() -> None:

@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "kafka-python[crc32c]==3.0.12",
+#   "pydantic-settings==2.16.3",
+#   "orjson==3.13.0",
+#   "prometheus-client==0.26.0",
+#   "tqdm==4.70.1",
+#   "python-snappy==0.7.3",
+#   "lz4==4.4.5",
+#   "zstandard==0.25.0",
+# ]
+# ///
+"""Send the events of users who come in visits, slow down, leave and sometimes come back; say who has left.
+
+Live at the pace of INTERVAL_SECONDS, or with START_TIME a backfill. --labels is the truth about the run that the same
+variables describe, and the best score that any model can reach on its events. docs/churn.md is an example of use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import random
+import secrets
+import sys
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from statistics import NormalDist
+from typing import Annotated, Any, Self
+
+import random_event_producer as tool
+from random_event_producer import DEVICES, METADATA, PAGES, PRODUCTS, REFERRERS, RandomEventProducer, Settings, log
+
+from kafka.admin import ConfigResource, KafkaAdminClient
+from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
+from pydantic import BeforeValidator
+
+# Instants are whole microseconds since 1970, UTC; waits are in model days; what is inside a visit is in seconds.
+SECOND, HOUR, DAY = 1_000_000, 3_600_000_000, 86_400_000_000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MONDAY = 978_307_200 * SECOND  # 2001-01-01: a live run's clock starts here, and weeks are counted from it
+PAUSE, MONTH = 1800 * SECOND, 30 * DAY  # the silence that ends a visit, and the silence that the labels ask for
+
+# The model, as docs/churn.md describes it.
+ENGAGED, DRIFTING, GONE = "engaged", "drifting", "gone"
+BOUNCE = {ENGAGED: 0.20, DRIFTING: 0.45}  # chance that a visit is one
+CART = {ENGAGED: 0.30, DRIFTING: 0.15}  # chance of a cart after a view
+ABSENCE, RETURN = 60.0, 90.0  # model days: who is gone stays away so long at least; the mean of the wait from then on
+MORE_VIEWS, OWN_DEVICE, ADDED_TYPE = 0.65, 0.8, 0.2  # chances, whatever the state
+# Of each class of users: visits per model day while engaged (a) and while drifting (b); after a visit the chance of an
+# engaged user to become drifting (p), and of a drifting one to be gone (q).
+_RATES = [0.2 * math.exp(1.2 * NormalDist().inv_cdf((k - 0.5) / 16)) for k in range(1, 17)]
+CLASSES = [(a, 0.6 * a, 1 / (1 + 90 * a), 1 / (1 + 21 * 0.6 * a)) for a in _RATES]
+
+_shuffle = random.Random("products by rank").random  # the same order for every seed
+BY_RANK = sorted(PRODUCTS, key=lambda _: _shuffle())  # the favourite first
+
+# Model days in each hour of the week from Monday on, and before it; the week's end, 7, is no sum that could be rounded.
+HOURS = (50, 30, 20, 15, 15, 25, 45, 70, 90, 100, 110, 115, 120, 115, 110, 110, 115, 130, 160, 190, 200, 180, 130, 85)
+DAYS = (104, 104, 102, 102, 102, 82, 104)
+_SPEEDS = [7 * hour * day / (sum(HOURS) * sum(DAYS)) for day in DAYS for hour in HOURS]
+_PASSED = [*itertools.accumulate(_SPEEDS[:-1], initial=0.0)]
+
+
+def model_days(at: int) -> float:
+    """The model's time at an instant: model days since MONDAY."""
+    hours = (at - MONDAY) / HOUR
+    week, hour = divmod(math.floor(hours), 168)
+    return 7 * week + _PASSED[hour] + _SPEEDS[hour] * (hours % 1)
+
+
+def instant_of(days: float) -> int:
+    """The reverse of `model_days`."""
+    week, days = divmod(days, 7)
+    hour = bisect_right(_PASSED, days) - 1
+    return MONDAY + round((168 * week + hour + (days - _PASSED[hour]) / _SPEEDS[hour]) * HOUR)
+
+
+def iso_format(at: int) -> str:
+    return (EPOCH + timedelta(microseconds=at)).replace(tzinfo=None).isoformat(timespec="microseconds")
+
+
+def _utc(value: object) -> object:
+    try:
+        instant = datetime.fromisoformat(str(value))
+        return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("not a time that can be read") from None
+
+
+Time = Annotated[datetime, BeforeValidator(_utc)]
+ISO_8601 = "ISO 8601, like 2026-05-04 or 2026-05-04T12:00:00Z; UTC without an offset"
+
+
+class ChurnSettings(Settings):
+    start_time: Time | None = tool.setting(None, "backfill: the clock starts here; none: live", ISO_8601)
+    end_time: Time | None = tool.setting(None, "backfill: and ends here; none: now", ISO_8601)
+
+    def clashes(self) -> Iterator[tuple[str, str]]:
+        yield from super().clashes()
+        start, end, now = self.start_time, self.end_time, datetime.now(UTC)
+        if start and not EPOCH <= start < now:
+            yield "start_time", "not from 1970 on and before now"
+        if end and not (start and start < end <= now):
+            yield "end_time", "not after START_TIME, which must be set, and up to now"
+
+
+class User:
+    """Who a user is, in which state, and when the next visit has its first event."""
+
+    def __init__(self, user_id: int, seed: str, start: int) -> None:
+        self.user_id = user_id
+        self.random = random.Random(f"{seed}/{user_id}")
+        self._a, self._b, self._p, self._q = self.random.choice(CLASSES)
+        self.device = self.random.choice(DEVICES)
+        self.state = ENGAGED
+        self._wait(start)
+
+    def leave(self, last: int) -> None:
+        """What follows a visit whose last event was then."""
+        if self.random.random() < (self._p if self.state is ENGAGED else self._q):
+            self.state = DRIFTING if self.state is ENGAGED else GONE
+        self._wait(last + PAUSE)
+
+    def _wait(self, since: int) -> None:
+        if self.state is GONE:
+            days = ABSENCE + self.random.expovariate(1 / RETURN)
+        else:
+            days = self.random.expovariate(self._a if self.state is ENGAGED else self._b)
+        self.next_visit = max(since, instant_of(model_days(since) + days))  # rounding may be a microsecond early
+
+
+Moment = tuple[int, int, str, dict[str, Any], str]  # instant, user_id, event_type, metadata, the state after it
+Clock = Callable[[], int]  # nanoseconds since 1970
+
+
+class RandomChurnProducer(RandomEventProducer):
+    """Makes the events of users who may leave. `self.random` belongs to the user whose event is made."""
+
+    settings_type = ChurnSettings
+
+    def __init__(
+        self, seed: str | None = None, shard_index: int = 0, shard_count: int = 1, clock: Clock = time.time_ns
+    ) -> None:
+        self.seed = secrets.token_hex(8) if seed is None else seed
+        super().__init__(self.seed, shard_index, shard_count, clock)
+        self.live, self.start, self.end = True, MONDAY, sys.maxsize
+        self._wall_clock, self._moments = clock, self.moments()
+        self._product, self._device = BY_RANK[0], DEVICES[0]  # of the event that is made
+        self._seconds = self._first = self._stay = 0.0  # since the visit began; until its first event; on this page
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        generator = super().from_settings(settings)
+        if settings.start_time:
+            generator.backfill(settings.start_time, settings.end_time or datetime.now(UTC))
+        return generator
+
+    def backfill(self, start: datetime, end: datetime) -> None:
+        """Stamp with the model's own clock: from `start` on and before `end`."""
+        self.live = False
+        self.start, self.end = ((instant - EPOCH) // timedelta(microseconds=1) for instant in (start, end))
+
+    def prepare(self, settings: Settings, stop: tool.Stop, with_kafka: bool) -> None:
+        """Say what makes the same run again; of a backfill, how long it takes and whether Kafka will keep it."""
+        period = "" if self.live else f" START_TIME={iso_format(self.start)}Z END_TIME={iso_format(self.end)}Z"
+        log.info("SEED=%s%s", self.seed, period)
+        if self.live:
+            return
+        same = type(self).from_settings(settings.model_copy(update={"seed": self.seed}))
+        if settings.interval_seconds:
+            run = itertools.takewhile(lambda moment: moment[0] < self.end and not stop.requested, same.moments())
+            events = sum(1 for _ in itertools.islice(run, settings.max_events))
+            duration = timedelta(seconds=round(events * settings.interval_seconds))
+            if not stop.requested:
+                log.info("The backfill has %d events and takes %s; INTERVAL_SECONDS=0 is faster", events, duration)
+        look = threading.Thread(target=keep_topic, args=(settings, next(same.moments())[0]), daemon=True)
+        if with_kafka:
+            look.start()
+        while look.is_alive() and not stop.requested:  # the Kafka client's own waits cannot be cut short
+            look.join(0.1)
+
+    def next_event(self) -> tuple[int, str, dict[str, Any], int] | None:
+        at, user_id, event_type, metadata, _ = next(self._moments)
+        if self.live:
+            at = self._wall_clock() // 1000
+        return (user_id, event_type, metadata, at) if at < self.end else None
+
+    def moments(self) -> Iterator[Moment]:
+        """The model's events in the order of its clock, from the start on and without end; each call begins anew."""
+        users = [User(user_id, self.seed, self.start) for user_id in self.users]
+        self._added = [event_type for event_type in self.event_types if event_type not in METADATA]
+        made: list[Moment] = []
+        for midnight in itertools.count(self.start + DAY, DAY):
+            for user in users:
+                while user.next_visit < midnight:
+                    made += self._visit(user)
+            made.sort()
+            today = bisect_left(made, (midnight,))
+            yield from made[:today]
+            del made[:today]  # the rest belongs to visits that go on after midnight
+
+    def _visit(self, user: User) -> list[Moment]:
+        """All events of the user's next visit."""
+        self.random, draw = user.random, user.random.random
+        user.state = ENGAGED if user.state is GONE else user.state
+        self._device = user.device if draw() < OWN_DEVICE else DEVICES[int(len(DEVICES) * draw())]
+        if draw() < BOUNCE[user.state]:
+            self._first = self._seconds = min(user.random.expovariate(1 / 25), 115.0)
+            visit = [self._moment(user, "bounce")]
+        else:
+            visit = self._views(user)
+        user.leave(visit[-1][0])
+        visit[-1] = (*visit[-1][:4], user.state)  # it changes with the last event of a visit only
+        return visit
+
+    def _views(self, user: User) -> list[Moment]:
+        """Pages, each told of when it is left, and what was done there."""
+        draw, exponential, visit = user.random.random, user.random.expovariate, []
+        self._first = self._seconds = self._stay = 3 + exponential(1 / 40)
+        while True:
+            self._product = BY_RANK[int(1001 ** draw()) - 1]
+            visit.append(self._moment(user, "product_view"))
+            if draw() < CART[user.state]:
+                self._seconds += 2 + 8 * draw()
+                visit.append(self._moment(user, "add_to_cart"))
+            if self._added and draw() < ADDED_TYPE:
+                self._seconds += 2 + 8 * draw()
+                visit.append(self._moment(user, self._added[int(len(self._added) * draw())]))
+            if draw() >= MORE_VIEWS:
+                return visit
+            self._stay = 3 + exponential(1 / 40)
+            self._seconds += self._stay
+
+    def _moment(self, user: User, event_type: str) -> Moment:
+        at = user.next_visit + round((self._seconds - self._first) * SECOND)
+        return at, user.user_id, event_type, self._generate_metadata(event_type), user.state
+
+    def _generate_metadata(self, event_type: str) -> dict[str, Any]:
+        product_id, category, price = self._product
+        if event_type == "product_view":
+            return {
+                "product_id": product_id,
+                "category": category,
+                "price": price,
+                "view_duration": round(10 * self._stay) / 10,
+                "page": "/product-detail",
+                "device": self._device,
+            }
+        draw, minutes = self.random.random, round(self._seconds / 6) / 10
+        page = PAGES[int(len(PAGES) * draw())]
+        if event_type == "add_to_cart":
+            n = 1 + int(5 * draw())
+            return {"product_id": product_id, "quantity": n, "price": price, "session_length": minutes, "page": page}
+        if event_type == "bounce":
+            referrer = REFERRERS[int(len(REFERRERS) * draw())]
+            return {"page": page, "session_length": minutes, "referrer": referrer, "device": self._device}
+        return super()._generate_metadata(event_type)
+
+
+def keep_topic(settings: Settings, first: int) -> None:
+    """Make a topic that keeps a backfill whose first event is of then, or warn of one that does not."""
+    topic, server, age = settings.kafka_topic, settings.bootstrap_servers[0], (time.time_ns() // 1000 - first) / DAY
+    try:
+        with contextlib.closing(KafkaAdminClient(**tool.client_options(settings))) as admin:
+            if topic not in admin.list_topics():
+                admin.create_topics({topic: {"configs": {"retention.ms": "-1"}}})
+                log.info("Created topic %s with retention.ms=-1: it keeps events of any age", topic)
+                return
+            # All of its settings: asked for some by name, the embedded broker closes the connection.
+            told = admin.describe_configs([ConfigResource("TOPIC", topic)], config_filter="all")["topic"][topic]
+        if "retention.ms" not in told:  # Kafka's answer to who may not DescribeConfigs
+            raise TopicAuthorizationFailedError
+        kept = int(told["retention.ms"]["value"]) * 1000 / DAY
+        keeps, deletes = f"is {kept:.1f} days", kept >= 0 and "delete" in str(told.get("cleanup.policy", "delete"))
+    except TopicAlreadyExistsError:  # another shard was quicker
+        return
+    except KafkaError as error:  # not authorised, an old broker: whether the run can go on, the tool finds out
+        keeps, kept, deletes = f"cannot be read ({type(error).__name__})", 0.0, True
+    if deletes and kept < age:  # Kafka goes by the events' own time
+        log.warning(
+            f"The first event is {age:.1f} days old, and the retention of topic {topic} {keeps}: Kafka deletes what is "
+            f"older, within minutes. To keep it: kafka-configs.sh --bootstrap-server {server} --alter --topic {topic} "
+            "--add-config retention.ms=-1"
+        )
+
+
+class Record:
+    """One user's events of a run, and what they say of class and state: the forward algorithm, as in docs/churn.md."""
+
+    def __init__(self, start: int) -> None:
+        self.events, self.sequence, self.last, self.state, self.heard_after = 0, "", "", ENGAGED, False
+        self._weights = [(1 / 16, 0.0, 0.0)] * 16  # of engaged, drifting and gone, for each class
+        self._since = start  # what the next wait counts from: 30 minutes after the last event
+        self._wait = 0.0  # before the visit under way
+        self._types: list[str] = []  # of its events
+
+    def add(self, sequence: int, at: int, event_type: str, state: str) -> None:
+        self.events, self.sequence, self.last, self.state = self.events + 1, f"{sequence}", iso_format(at), state
+        if at >= self._since:
+            self._end_visit()
+            self._wait = model_days(at) - model_days(self._since)
+        self._types.append(event_type)
+        self._since = at + PAUSE
+
+    def chances(self, end: int) -> tuple[float, float]:
+        """Step 3: p_gone and p_silent_30d. A visit under way counts as over."""
+        self._end_visit()
+        waits = (max(0.0, model_days(until) - model_days(self._since)) for until in (end, end + MONTH))
+        now, later = map(self._waited, waits)
+        return sum(gone for _, _, gone in now) / sum(map(sum, now)), sum(map(sum, later)) / sum(map(sum, now))
+
+    def _waited(self, g: float) -> list[tuple[float, float, float]]:
+        """Step 1: the weights after a wait without a visit."""
+        away = math.exp(-max(0.0, g - ABSENCE) / RETURN)
+        return [
+            (engaged * math.exp(-a * g), drifting * math.exp(-b * g), gone * away)
+            for (engaged, drifting, gone), (a, b, _, _) in zip(self._weights, CLASSES, strict=True)
+        ]
+
+    def _end_visit(self) -> None:
+        """Step 2: the weights after the wait and the visit."""
+        if not self._types:
+            return
+        back = 1 / RETURN if self._wait > ABSENCE else 0.0
+        views, carts = self._types.count("product_view"), self._types.count("add_to_cart")
+        if_engaged, if_drifting = (
+            (1 - BOUNCE[it]) * CART[it] ** carts * (1 - CART[it]) ** (views - carts) if views else BOUNCE[it]
+            for it in (ENGAGED, DRIFTING)
+        )
+        weights = []
+        for (engaged, drifting, gone), (a, b, p, q) in zip(self._waited(self._wait), CLASSES, strict=True):
+            e = (engaged * a + gone * back) * if_engaged
+            d = drifting * b * if_drifting
+            weights.append((e * (1 - p), e * p + d * (1 - q), d * q))
+        total = sum(map(sum, weights))
+        self._weights = [(engaged / total, drifting / total, gone / total) for engaged, drifting, gone in weights]
+        self._types = []
+
+
+def observe(generator: RandomChurnProducer, most: int, stop: tool.Stop) -> tuple[dict[int, Record], int]:
+    """Each user's record, and when the run ended: with event number `most`, or at the generator's end."""
+    records = {user_id: Record(generator.start) for user_id in generator.users}
+    end = generator.end
+    for sequence, (at, user_id, event_type, _, state) in enumerate(generator.moments(), 1):
+        if stop.requested or at >= end + MONTH:
+            break
+        if at >= end:
+            records[user_id].heard_after = True
+        else:
+            records[user_id].add(sequence, at, event_type, state)
+            end = at if sequence == most else end
+    return records, end
+
+
+def print_labels(generator: RandomChurnProducer, script: tool.Script) -> int:
+    """print who has left by the end of the run, as CSV, and the best score that a model can reach"""
+    settings, stop = script.settings, script.stop
+    needed = {"SEED": settings.seed, "MAX_EVENTS or END_TIME": settings.max_events or settings.end_time}
+    if missing := [f"{name}: not set; --labels needs it" for name, value in needed.items() if value is None]:
+        raise tool.BadConfiguration("\n".join(missing))
+    records, end = observe(generator, settings.max_events or sys.maxsize, stop)
+    lines, scores = ["user_id,events,last_sequence,last_event_at,state,p_gone,silent_30d,p_silent_30d"], []
+    for user_id, record in records.items():
+        p_gone, p_silent = record.chances(end)
+        history = f"{user_id},{record.events},{record.sequence},{'' if generator.live else record.last},{record.state}"
+        lines.append(f"{history},{p_gone:.6f},{int(not record.heard_after)},{p_silent:.6f}")
+        scores.append(p_gone)
+    if stop.requested:
+        log.warning("Stopped before the labels were made")
+        return 1
+    tool.show("\n".join(lines), stop)
+    gone = [record.state is GONE for record in records.values()]
+    script.console.line(f"{len(gone)} users, {sum(gone)} gone; {best_possible(scores, gone)}")
+    return 0
+
+
+def best_possible(scores: Sequence[float], gone: Sequence[bool]) -> str:
+    """AUC, ties as a half, and log loss of p_gone against the truth."""
+    left, here = (sorted(s for s, g in zip(scores, gone, strict=True) if g is which) for which in (True, False))
+    won = sum(bisect_left(here, score) + bisect_right(here, score) for score in left) / 2
+    auc = f"{won / (len(left) * len(here)):.4f}" if left and here else "none"
+    loss = sum(-math.log(max(chance, 1e-15)) for chance in [*left, *(1 - score for score in here)]) / len(scores)
+    return f"best possible AUC {auc}, log loss {loss:.4f}"
+
+
+def main(generator: type[RandomChurnProducer] = RandomChurnProducer) -> int:
+    """Run the producer with this generator, which may be a subclass; returns the exit code."""
+    return tool.main(generator, str(__doc__), labels=print_labels)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
