@@ -879,7 +879,8 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         self._topic, self._network = topic, network
         self._topics_seen: set[tuple[object, object]] = set()
         self._partition_count = 0
-        self._places: dict[int, TopicPartition] = {}
+        self._place = functools.cache(functools.partial(TopicPartition, topic))  # by partition
+        self._most_bytes = self.config["max_request_size"] - 200  # event_id and a record's overhead take about 80
         sender = self._sender
         self._dispatch_error, sender._dispatch_error = sender._dispatch_error, self._end_batch
         self._send_producer_data, sender._send_producer_data = sender._send_producer_data, self._send_unless_changed
@@ -890,11 +891,10 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         self, topic: str, value: bytes, key: bytes, headers: list[tuple[str, bytes]], partition: int, timestamp_ms: int
     ) -> Future:
         """A third of send() went into checks, sizes and debug texts of what is right by construction here."""
-        if len(key) + len(value) + 200 > self.config["max_request_size"]:  # event_id and overhead take about 80
+        if len(key) + len(value) > self._most_bytes:
             return super().send(topic, value, key, headers, partition, timestamp_ms)
-        place = self._places.get(partition) or self._places.setdefault(partition, TopicPartition(topic, partition))
-        future, full, new, _ = self._accumulator.append(place, timestamp_ms, key, value, headers)
-        if full or new:
+        future, _, new, _ = self._accumulator.append(self._place(partition), timestamp_ms, key, value, headers)
+        if new:  # then the batch before is full
             self._sender.wakeup()
         return future
 
@@ -1488,7 +1488,7 @@ class Delivery:
 
     def send(self, *events: Event) -> None:
         """Hand events to the client, in order; while the topic is away they wait here. Raises GiveUp."""
-        waiting, producer, topic = self._waiting, self._producer, self._topic
+        waiting, on_their_way, producer, topic = self._waiting, self._on_their_way, self._producer, self._topic
         waiting.extend(events)
         if producer is None or producer.changed:
             return
@@ -1497,13 +1497,13 @@ class Delivery:
             while waiting:
                 event = waiting[0]
                 partition = key_hash(event.key) % partitions
-                headers = [("event_id", event.event_id.encode())]
+                headers = [("event_id", f"{event.run}:{event.sequence}".encode())]
                 try:
                     future = producer.send(topic, event.value, event.key, headers, partition, event.timestamp_ms)
                 except errors.MessageSizeTooLargeError as error:  # the client's own limit
                     self._failed(event, error)
                 else:
-                    self._on_their_way[partition].append((event, future))
+                    on_their_way[partition].append((event, future))
                 waiting.popleft()
         except (KafkaError, ValueError) as error:  # the topic has vanished
             missing = self._network.missing_topic(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,11 +209,14 @@ def listens(address: str) -> bool:
 
 
 @pytest.fixture
-def own_port() -> None:
-    """The embedded broker's port, which others may use too."""
-    try:
-        wait_until(lambda: not listens(EMBEDDED), 20, f"{EMBEDDED} is free")
-    except TimeoutError:
-        if os.environ.get("REQUIRE_APACHE_KAFKA") == "1":
-            pytest.fail(f"{EMBEDDED}, where the embedded broker has to be, is taken on this machine")
-        pytest.skip(f"{EMBEDDED} is taken on this machine")
+def own_port() -> Iterator[None]:
+    """The embedded broker's port, one test at a time; others on this machine may use it too."""
+    with (Path(tempfile.gettempdir()) / "random-event-producer-9092.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        try:
+            wait_until(lambda: not listens(EMBEDDED), 20, f"{EMBEDDED} is free")
+        except TimeoutError:
+            if os.environ.get("REQUIRE_APACHE_KAFKA") == "1":
+                pytest.fail(f"{EMBEDDED}, where the embedded broker has to be, is taken on this machine")
+            pytest.skip(f"{EMBEDDED} is taken on this machine")
+        yield
