@@ -27,10 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from random_churn_producer import DAY, DRIFTING, ENGAGED, EPOCH, GONE, RandomChurnProducer
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-
-from random_churn_producer import DAY, DRIFTING, ENGAGED, EPOCH, GONE, RandomChurnProducer
 
 START, DAYS = datetime(2026, 5, 4, tzinfo=UTC), 90
 BLUE, LIGHT, RED, GREY = "#2a6f97", "#89c2d9", "#c8553d", "#555555"
