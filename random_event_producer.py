@@ -28,7 +28,7 @@ import signal
 
 if __name__ == "__main__":  # a stop while the libraries load: nothing was made, though MAX_EVENTS may have asked for it
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: os._exit(int("MAX_EVENTS" in os.environ)))
+        signal.signal(stop_signal, lambda *_: os._exit(int(bool(os.environ.get("MAX_EVENTS")))))
 
 import contextlib
 import ctypes
