@@ -86,6 +86,7 @@ try:
     from kafka.protocol.sasl import SaslHandshakeRequest
     from kafka.record.default_records import DefaultRecordBatch
     from kafka.record.util import decode_varint as decode_number
+    from kafka.util import WeakMethod
 except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
@@ -415,7 +416,7 @@ METADATA = {  # by event type; any other type of event may have any
     ),
 }
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "user event",
     "description": "What one user did in a shop: the value of a Kafka record whose key is the user_id as decimal text.",
@@ -1003,6 +1004,12 @@ class _Batches:
 
 
 class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
+    """What a broker has answered for one partition; `empty_at`: where its last answer was empty, by partition."""
+
+    def __init__(self, empty_at: dict[Any, int], offset: int, partition: Any, records: Any, **options: Any) -> None:
+        super().__init__(offset, partition, records, **options)
+        empty_at[partition] = -1 if records.has_next() else offset
+
     def _unpack_records(self, partition: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
         """An exception left a dead iterator behind, which poll() asked again and again, deaf to every signal."""
         batches = _Batches(records)
@@ -1048,7 +1055,10 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]
         super().__init__(**options)
         # The option was not passed on: whoever asked for a topic created it.
         self._cluster.config["allow_auto_create_topics"] = self.config["allow_auto_create_topics"]
-        self._fetcher.PartitionRecords = _PartitionRecords
+        # What looks after a group raised for a topic that may not be read, and so broke off each connection.
+        self._cluster.remove_listener(WeakMethod(self._coordinator._handle_metadata_update))
+        self._empty_at: dict[TopicPartition, int] = {}
+        self._fetcher.PartitionRecords = functools.partial(_PartitionRecords, self._empty_at)
         self.on_unreadable: Callable[[int, int, int, str], None] | None = None
         self._failures: Counter[tuple[TopicPartition, int]] = Counter()
 
@@ -1096,12 +1106,22 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]
     def unreached(self, topic: str) -> set[int]:
         """The partitions without a connection to their leader."""
         leader, connected = self._cluster.leader_for_partition, self._client.connected
-        return {partition.partition for partition in self.partitions(topic) if not connected(leader(partition))}
+        numbers = self._cluster.partitions_for_topic(topic) or ()
+        return {number for number in numbers if not connected(leader(TopicPartition(topic, number)))}
 
     def positions(self) -> dict[TopicPartition, int]:
         """Where each partition is read to; position() asks the broker, and waits for it."""
         assigned = dict(self._subscription.assignment)
         return {partition: state.position.offset for partition, state in assigned.items() if state.position}
+
+    def behind(self) -> dict[TopicPartition, int]:
+        """The partitions not read to where the last answer said they end, if one came, and where they are read to."""
+        ends = {at: sys.maxsize if (end := self.highwater(at)) is None else end for at in self.positions()}
+        return {at: offset for at, offset in self.positions().items() if offset < ends.get(at, 0)}
+
+    def held_up(self) -> dict[TopicPartition, int]:
+        """Those behind of which the broker has handed out nothing more, as before an open transaction."""
+        return {at: offset for at, offset in self.behind().items() if self._empty_at.get(at) == offset}
 
     def refresh(self, seconds: float) -> bool:
         """Ask what there is now, and wait so long for the answer."""
@@ -1681,12 +1701,17 @@ def format_ranges(ranges: Sequence[tuple[int, int]], most: int = 20) -> str:
 
 
 def write_to(fd: int, data: bytes, given_up: Callable[[], bool] = lambda: False) -> bool:
-    """Write all of it to a file descriptor, in pieces that block nobody. False once `given_up()`. Raises OSError."""
+    """Write all of it to a file descriptor, in pieces that block nobody. False when it takes none and `given_up()`.
+
+    Raises OSError.
+    """
     left = memoryview(data)
-    while left and not given_up():
+    while left:
         if sys.platform == "win32" or select.select([], [fd], [], SLICE_SECONDS)[1]:
             with contextlib.suppress(BlockingIOError):
                 left = left[os.write(fd, left[:PIPE_BYTES]) :]
+        elif given_up():
+            break
     return not left
 
 

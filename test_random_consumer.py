@@ -47,15 +47,21 @@ from random_event_producer import GiveUp, Stop, key_hash, log, setting
 
 import orjson
 from kafka import TopicPartition
-from kafka.errors import AuthorizationError, KafkaError, LogTruncationError, OffsetOutOfRangeError
+from kafka.errors import (
+    AuthorizationError,
+    KafkaError,
+    KafkaTimeoutError,
+    LogTruncationError,
+    OffsetOutOfRangeError,
+)
 from pydantic import Field
 
 BATCH = 1000  # records between two looks at signals
 POLL_MS = 100
 LOOK_SECONDS = 0.2  # between two looks at the topic and the connections
 AWAY_SECONDS = 1.0  # without a connection: Kafka counts as away
-HELD_SECONDS = 2.0  # without a step, though there is more: a partition counts as held up
-ANSWER_SECONDS = 2.0  # for Kafka to answer a question about the topic
+SILENT_SECONDS = 1.0  # without a record: a partition that has more is not read on for a reason
+ANSWER_MS = 2000  # for Kafka to answer a question about the topic
 TOTAL_SECONDS = 3.0  # between two lines about how many were read
 CLOSING_SECONDS = 3.0  # at the end, for events that are still on their way
 CREATE_TIME = 0  # a record's timestamp_type when the producer has set its time
@@ -95,14 +101,12 @@ class Reader:
         self._begins: dict[TopicPartition, int] = {}
         self._identity: object = None  # of the topic that is read
         self._gone = False
-        self._next_look = 0.0
+        self._next_look = self._news_at = 0.0
         self._away_since: float | None = None
-        self._held: dict[TopicPartition, tuple[int, float]] = {}  # behind -> its position, and since when that is
 
     def open(self) -> bool:
         """Wait for Kafka and the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
         self._consumer.follow(self._topic)
-        self._network.create_no_topic("and the auditor does not create it")
         if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked):
             return False
         self._identity = self._consumer.identity(self._topic)
@@ -117,24 +121,26 @@ class Reader:
 
     def poll(self, most: int = BATCH) -> list[Any]:
         """The next records, at most so many; none after a tenth of a second. Raises GiveUp."""
+        lost: dict[TopicPartition, int] = {}
         try:
             if (now := time.monotonic()) >= self._next_look:
                 self._next_look = now + LOOK_SECONDS
                 self._follow_topic()
                 self._watch_connections(now)
-                self._watch_positions(now)
             batches = self._consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
-            if self._recreated():  # read of the new topic, from where the old one was read to
+            if batches and not self._recreated():
+                self._news_at = now
+                return [record for batch in batches.values() for record in batch]
+            if batches:  # read of the new topic, from where the old one was read to
                 self._next_look = 0.0
-                return []
-            return [record for batch in batches.values() for record in batch]
         except LogTruncationError as error:
-            offsets = {partition: place.offset for partition, place in error.divergent_offsets.items() if place}
-            self._recover(dict.fromkeys(error.divergent_offsets, sys.maxsize) | offsets)
+            lost = {partition: at.offset if at else sys.maxsize for partition, at in error.divergent_offsets.items()}
         except OffsetOutOfRangeError as error:
-            self._recover(error.args[0])
+            lost = error.args[0]
         except KafkaError as error:
             self._complain(error)
+        if lost:
+            self._recover(lost)
         return []
 
     def ends(self) -> dict[TopicPartition, int]:
@@ -142,25 +148,26 @@ class Reader:
         return {partition: self._consumer.highwater(partition) or 0 for partition in self._consumer.positions()}
 
     def reached(self, ends: dict[TopicPartition, int]) -> bool:
-        positions = self._consumer.positions()
-        return all(positions.get(partition, end) >= end for partition, end in ends.items())
+        """Except for partitions of which Kafka hands out no more."""
+        positions, held = self._consumer.positions(), self._consumer.held_up()
+        return all(positions.get(partition, end) >= end or partition in held for partition, end in ends.items())
 
-    def held_up(self, seconds: float) -> list[TopicPartition]:
-        """The partitions that have more to read, and could not be read on for so long."""
-        since = time.monotonic() - seconds
-        return [partition for partition, (_, began) in self._held.items() if began <= since]
+    def held_up(self) -> bool:
+        """Whether a partition has more that Kafka does not hand out."""
+        return bool(self._consumer.held_up())
 
     def unread(self) -> dict[int, str]:
-        """The partitions that were not read to their end, and why."""
-        if self._gone:
-            return {}
-        away = self._consumer.unreached(self._topic) if self._away_since is not None else set()
-        why = {number: f"its leader is not reached{_because(self._network.trouble())}" for number in away}
-        held = self.held_up(HELD_SECONDS)
-        for partition, end in self._stable_ends(held).items():
-            transaction = end <= self._held[partition][0]
-            what = "somebody's transaction is open there" if transaction else "the broker hands out no more"
-            why.setdefault(partition.partition, what)
+        """The partitions that were not read to their end, though they could have been, and why."""
+        cause = self._network.trouble() or "it is not connected"
+        away = self._consumer.unreached(self._topic) if self._away_since is not None else ()
+        why = dict.fromkeys(away, f"its leader is not reached ({cause})")
+        silent = time.monotonic() - self._news_at >= SILENT_SECONDS  # else there was no time to read on
+        behind = self._consumer.behind() if silent else self._consumer.held_up()
+        for partition, end in self._stable_ends(list(behind)).items():
+            if end > behind[partition] and silent:
+                why.setdefault(partition.partition, "the broker hands out no more")
+            elif end <= behind[partition] < (self._consumer.highwater(partition) or 0):
+                why.setdefault(partition.partition, "somebody's transaction is open there")
         positions = {partition.partition: offset for partition, offset in self._consumer.positions().items()}
         return {
             number: f"partition {number} is judged up to offset {positions.get(number, 0)} only: {reason}"
@@ -170,70 +177,52 @@ class Reader:
     def cleanup_policy(self) -> str | None:
         """None when Kafka does not tell."""
         try:
-            return self._consumer.cleanup_policy(self._topic, 1000 * ANSWER_SECONDS)
+            return self._consumer.cleanup_policy(self._topic, ANSWER_MS)
         except KafkaError:
             return None
 
     def close(self) -> None:
         self._consumer.close(autocommit=False, timeout_ms=1000)
 
-    @property
-    def _partitions(self) -> list[TopicPartition]:
-        return self._consumer.partitions(self._topic)
-
     def _ready(self) -> bool:
         """The topic is there, and the leaders of its partitions say where they begin."""
-        if partitions := self._partitions:
-            try:
+        try:
+            if partitions := self._consumer.partitions(self._topic):
                 self._begins = self._consumer.beginning_offsets(partitions, timeout_ms=5 * POLL_MS)
-            except (KafkaError, KeyError) as error:
-                if isinstance(error, AuthorizationError):
-                    raise
-                if self._network.reached:
-                    cause = self._network.trouble() or "the leader of a partition does not answer"
-                    log.warning("Topic %s cannot be read yet: %s. Trying again", self._topic, cause)
-                return False
-        elif self._consumer.informed():
+                return True
+        except AuthorizationError as error:
+            self._complain(error)
+        except (KafkaTimeoutError, KeyError):
+            if self._network.reached:
+                cause = self._network.trouble() or "the leader of a partition does not answer"
+                log.warning("Topic %s cannot be read yet: %s. Trying again", self._topic, cause)
+            return False
+        if self._consumer.informed():
             limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
             if time.monotonic() >= self._began + limit:
                 raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
             log.warning("Topic %s does not exist; waiting for it", self._topic)
-        return bool(partitions)
+        return False
 
-    def _offsets(self, ask: Callable[..., dict[TopicPartition, int]]) -> dict[TopicPartition, int]:
-        """Beginning or end offsets, asked for until they come; none once a stop is asked for."""
-        deadline = time.monotonic() + self._settings.connect_timeout_seconds
-        while not self._stop.requested:
-            try:
-                return ask(self._partitions, timeout_ms=1000)
-            except (KafkaError, KeyError) as error:
-                if time.monotonic() >= deadline:
-                    raise GiveUp(f"Kafka does not tell the offsets of topic {self._topic}: {error!r}") from None
-                self._complain(error)
-        return {}
+    def _go_to_end(self) -> None:
+        """By the high watermarks: the embedded broker tells the end offsets wrong."""
+        while None in (ends := {partition: self._consumer.highwater(partition) for partition in self._begins}).values():
+            self.poll()
+            if self._stop.requested:
+                return
+        self._seek(ends)
+        self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
 
     def _stable_ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         """Where the first open transaction begins, else where the partition ends."""
         try:
-            return dict(self._consumer.end_offsets(partitions, timeout_ms=1000 * ANSWER_SECONDS)) if partitions else {}
+            return dict(self._consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)) if partitions else {}
         except (KafkaError, KeyError):
             return dict.fromkeys(partitions, sys.maxsize)
 
     def _seek(self, offsets: dict[TopicPartition, int]) -> None:
         for partition, offset in offsets.items():
             self._consumer.seek(partition, offset)
-
-    def _go_to_end(self) -> None:
-        self._seek(self._offsets(self._consumer.end_offsets))
-        deadline = time.monotonic() + CLOSING_SECONDS
-        while any(self._consumer.highwater(partition) is None for partition in self._partitions):
-            self.poll()
-            if self._stop.requested or time.monotonic() > deadline:
-                break
-        # The embedded broker tells the end of its log wrong, the high watermark right.
-        ends = self._offsets(self._consumer.end_offsets)
-        self._seek({partition: max(end, self._consumer.highwater(partition) or 0) for partition, end in ends.items()})
-        self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
 
     def _complain(self, error: Exception) -> None:
         if isinstance(error, AuthorizationError):
@@ -242,16 +231,18 @@ class Reader:
         time.sleep(POLL_MS / 1000)
 
     def _recreated(self) -> bool:
-        return bool(self._partitions) and self._consumer.identity(self._topic) != self._identity
+        there = self._consumer.partitions(self._topic)
+        return bool(there) and self._consumer.identity(self._topic) != self._identity
 
     def _follow_topic(self) -> None:
-        partitions = self._partitions
+        partitions = self._consumer.partitions(self._topic)
         if not partitions:
             if not self._gone:
                 log.warning("Topic %s is gone; waiting for it to come back", self._topic)
             self._gone = True
             return
-        known, again = self._audit.counts[-1], self._recreated()
+        known = self._audit.counts[-1]
+        again = self._recreated() or len(partitions) < known
         if again:
             log.warning("Topic %s was deleted and created again: starting over at its beginning", self._topic)
         elif len(partitions) != known:
@@ -277,45 +268,49 @@ class Reader:
                 log.info("Kafka is back after %.1f s", away)
             self._away_since = None
 
-    def _watch_positions(self, now: float) -> None:
-        """Which partitions have more to read, and since when their position is what it is."""
-        ends = self.ends()
-        behind = {partition: at for partition, at in self._consumer.positions().items() if at < ends[partition]}
-        self._held = {
-            partition: old if (old := self._held.get(partition)) and old[0] == at else (at, now)
-            for partition, at in behind.items()
-        }
-
     def _recover(self, lost: dict[TopicPartition, int]) -> None:
         """Where we were to read on (partition -> offset) is not in the log any more."""
-        self._consumer.refresh(ANSWER_SECONDS)
-        if not self._partitions or self._recreated():
+        self._consumer.refresh(ANSWER_MS / 1000)
+        partitions = self._consumer.partitions(self._topic)
+        if not partitions or self._recreated():
             return  # a new topic: followed at the next look
-        begins, ends = self._offsets(self._consumer.beginning_offsets), self._offsets(self._consumer.end_offsets)
+        try:
+            begins = self._consumer.beginning_offsets(partitions, timeout_ms=ANSWER_MS)
+            ends = self._consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)
+        except (KafkaError, KeyError) as error:  # the next poll finds it again
+            self._complain(error)
+            return
         for partition, offset in lost.items():
-            begin = begins.get(partition, 0)
+            begin = begins[partition]
             what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
-            target = max(begin, min(offset, ends.get(partition, begin)))
+            target = max(begin, min(offset, ends[partition]))
             log.error("Partition %d %s. Reading goes on at offset %d", partition.partition, what, target)
             self._seek({partition: target})
-
-
-def _because(cause: str) -> str:
-    return f" ({cause})" if cause else ""
 
 
 # ----------------------------------------------------------------------------------------------------- the event
 
 EVENT_ID = re.compile(r"([0-9a-f]{16}):([1-9][0-9]{0,17})")
 DECIMALS = {"quantity": 0, "price": 2, "session_length": 1, "view_duration": 1}
-_validate = fastjsonschema.compile(tool.SCHEMA)
+
+
+def _validator(metadata: dict[str, Any]) -> Callable[[Any], Any]:
+    """For one branch of the schema: to choose it by the event's type is three times as fast as to try each."""
+    properties = {**tool.SCHEMA["properties"], "metadata": metadata}
+    validator: Callable[[Any], Any] = fastjsonschema.compile({**tool.SCHEMA, "properties": properties, "allOf": []})
+    return validator
+
+
+_VALIDATORS = {event_type: _validator(metadata) for event_type, metadata in tool.METADATA.items()}
+_any_type = _validator(tool.SCHEMA["properties"]["metadata"])
 
 
 def parse_event(value: bytes | None) -> dict[str, Any]:
     """The event in a record's value. Raises ValueError that says which field is not as described."""
     try:
         event: dict[str, Any] = orjson.loads(value or b"")
-        _validate(event)
+        event_type = event.get("event_type") if isinstance(event, dict) else None
+        _VALIDATORS.get(str(event_type), _any_type)(event)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     except fastjsonschema.JsonSchemaValueException as error:
@@ -436,6 +431,10 @@ class Run:
         ]
         return max([1, *bounds]), min([self.last, *(self._lasts.get(partition, 0) for partition in held)])
 
+    def absent(self, partitions: Iterable[int]) -> list[int]:
+        """Those of the partitions that hold nothing of this run."""
+        return [partition for partition in partitions if partition not in self._firsts]
+
     def count_missing(self, first: int, last: int) -> int:
         return max(0, last - first + 1) - self._sequences.range_cardinality(first, last + 1)
 
@@ -445,6 +444,12 @@ class Run:
     def holed(self) -> bool:
         """Whether anything is not there between the first and the last one read."""
         return self.count_missing(self.first, self.last) > 0
+
+
+def _partitions(numbers: Iterable[int]) -> str:
+    """`partition 3`, `partitions 1, 3`"""
+    texts = [str(number) for number in sorted(numbers)]
+    return f"partition{'s' * (len(texts) > 1)} {', '.join(texts)}"
 
 
 class Audit:
@@ -542,15 +547,14 @@ class Audit:
         }
 
     def _excused(self) -> Iterator[str]:
-        """On gaps that may be nobody's fault, where nothing of a run, or nothing at all, is left to be judged."""
-        emptied = ", ".join(str(partition) for partition, since in sorted(self.cut.items()) if since is None)
-        if emptied and not self.events:
-            yield f"nothing was read, and all that partition {emptied} held is deleted"
+        """Where deletion, or the start of the audit, has left nothing to judge by."""
+        if not self.events and None in self.cut.values():
+            yield f"nothing was read: all records of {_partitions(self.cut)} are deleted"
         for name, run in self.runs.items():
             if not self.compacted and run.holed() and run.judged(self.cut, ())[0] > run.last:
                 yield (
-                    f"run {name} has gaps that cannot be judged: a partition that lacks its beginning "
-                    f"({emptied or 'by deletion or START'}) has no event of this run left"
+                    f"run {name} has gaps that cannot be judged: {_partitions(run.absent(self.cut))} was not read from "
+                    "its beginning on, and holds no event of this run"
                 )
 
     def _place_problem(self, record: Any, user_id: int) -> str:
@@ -603,7 +607,7 @@ def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
     if missing := audit.missing():
         log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
     ends, deadline = reader.ends(), time.monotonic() + CLOSING_SECONDS
-    while audit.missing() or (not enough and reader.held_up(LOOK_SECONDS)):
+    while audit.missing() or (not enough and reader.held_up()):
         behind = not reader.reached(ends)
         for record in (records := reader.poll()):
             audit.mark(record)

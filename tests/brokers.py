@@ -290,6 +290,10 @@ class ApacheKafka(_Broker):
             for snapshot in folder.glob("*.snapshot"):
                 snapshot.unlink()
 
+    def log_file(self, topic: str, partition: int = 0, node: int = 0) -> Path:
+        """Where the first records of a partition are stored."""
+        return self._nodes[node].folder / "data" / f"{topic}-{partition}" / f"{0:020}.log"
+
     def pid(self, node: int = 0) -> int:
         process = self._nodes[node].process
         assert process is not None, f"node {node} was never started"

@@ -108,7 +108,7 @@ BAD = {
     "START": ["middle"],
     "CONNECT_TIMEOUT_SECONDS": ["0"],
     "MAX_EVENTS": ["0", "1.5"],
-    "KAFKA_BROKER": ["nowhere"],
+    "KAFKA_BROKER": ["no where"],
 }
 
 

@@ -14,6 +14,7 @@ from brokers import HOST, free_port
 
 CHUNK = 65536
 SLICES_PER_SECOND = 20
+LONG = 1000  # bytes: such an answer carries records
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -21,7 +22,8 @@ class Proxy:
     """`host`:`port` -> 127.0.0.1:`target_port`; each fault holds, for open connections too, until the next.
 
     `target_port` may be changed: it is where the next connection goes. A fault replaces the one before;
-    `passthrough()` ends it. `connections` counts those accepted so far, `dropped` the responses lost so far.
+    `passthrough()` ends it. `connections` counts those accepted so far, `dropped` the responses lost, `flipped` the
+    bytes changed.
     """
 
     def __init__(self, target_port: int, port: int | None = None, host: str = HOST) -> None:
@@ -30,6 +32,7 @@ class Proxy:
         self.port = port or free_port()
         self.connections = 0
         self.dropped = 0
+        self.flipped = 0
         self._reset()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -46,6 +49,7 @@ class Proxy:
         self._rate = 0.0
         self._closing = False
         self._hanging = False
+        self._flips = 0
 
     # The faults
 
@@ -77,6 +81,11 @@ class Proxy:
         """
         self._random = random.Random(seed)
         self._do(self._change(_loss=probability))
+
+    def flip(self, times: int, seed: int = 0) -> None:
+        """One byte in each of the next long answers, somewhere in its second half: past the heads, among records."""
+        self._random = random.Random(seed)
+        self._do(self._change(_flips=times))
 
     def cut(self) -> None:
         """Resets all connections once; the fault of the moment goes on."""
@@ -208,6 +217,8 @@ class Proxy:
             await asyncio.sleep(max(0, arrived + self._delay - self._loop.time()))
             await self._pass_gate()
             kept = self._survives(chunk, frames) if frames else len(chunk)
+            if frames and self._flips and len(chunk) > LONG:
+                chunk = self._with_a_flip(chunk)
             await self._send(sink, chunk[:kept])
             if kept < len(chunk):
                 self.dropped += 1
@@ -219,6 +230,12 @@ class Proxy:
             if self._loss and self._random.random() < self._loss:
                 return start
         return len(chunk)
+
+    def _with_a_flip(self, chunk: bytes) -> bytes:
+        self._flips -= 1
+        self.flipped += 1
+        place = self._random.randrange(len(chunk) // 2, len(chunk))
+        return chunk[:place] + bytes([chunk[place] ^ 1 << self._random.randrange(8)]) + chunk[place + 1 :]
 
     async def _send(self, sink: asyncio.StreamWriter, chunk: bytes) -> None:
         while self._rate and chunk:

@@ -54,6 +54,13 @@ REPAIRS = {
     "_send_unless_changed": ["cluster_test.py"],
     "take_back": ["cluster_test.py"],
     "end": ["producer_test.py::test_signals_while_kafka_is_gone"],
+    "read_record": ["audit_field_test.py::test_header_names_that_are_no_text"],
+    "_unpack_records": ["audit_field_test.py::test_a_wrong_byte_on_the_way"],
+    "_step_over": ["audit_field_test.py::test_a_batch_that_cannot_be_read"],
+    "allow_auto_create_topics": ["consumer_test.py::test_no_topic"],
+    "remove_listener": ["consumer_test.py::test_a_user_who_may_not_read"],
+    "held_up": ["audit_field_test.py::test_an_open_transaction_beside_traffic"],
+    "cleanup_policy": ["audit_field_test.py::test_a_user_who_may_not_see_the_settings"],
 }
 
 
@@ -64,7 +71,9 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(("name", "tests"), REPAIRS.items(), ids=REPAIRS)
 def test_every_repair_has_a_test(name: str, tests: list[str]) -> None:
-    assert re.search(rf"\bdef {name}\(|\.{name} = ", SECTION), f"there is no {name} in the section any more"
+    assert re.search(rf"\bdef {name}\(|\.{name}( = |\()|\[\"{name}\"\] = ", SECTION), (
+        f"there is no {name} in the section any more"
+    )
     for test in tests:
         file, _, function = test.partition("::")
         assert f"def {function}" in (Path(__file__).parent / file).read_text(), test
