@@ -82,10 +82,6 @@ def instant_of(days: float) -> int:
     return MONDAY + round((168 * week + hour + (days - _PASSED[hour]) / _SPEEDS[hour]) * HOUR)
 
 
-def iso_format(at: int) -> str:
-    return (EPOCH + timedelta(microseconds=at)).replace(tzinfo=None).isoformat(timespec="microseconds")
-
-
 def _utc(value: object) -> object:
     try:
         instant = datetime.fromisoformat(str(value))
@@ -108,7 +104,7 @@ class ChurnSettings(Settings):
         if start and not EPOCH <= start < now:
             yield "start_time", "not from 1970 on and before now"
         if end and not (start and start < end <= now):
-            yield "end_time", "not after START_TIME, which must be set, and up to now"
+            yield "end_time", "not after START_TIME (which must be set), or after now"
 
 
 class User:
@@ -169,7 +165,9 @@ class RandomChurnProducer(RandomEventProducer):
 
     def prepare(self, settings: Settings, stop: tool.Stop, with_kafka: bool) -> None:
         """Say what makes the same run again; of a backfill, how long it takes and whether Kafka will keep it."""
-        period = "" if self.live else f" START_TIME={iso_format(self.start)}Z END_TIME={iso_format(self.end)}Z"
+        period = (
+            "" if self.live else f" START_TIME={tool.iso_format(self.start)}Z END_TIME={tool.iso_format(self.end)}Z"
+        )
         log.info("SEED=%s%s", self.seed, period)
         if self.live:
             return
@@ -302,7 +300,7 @@ class Record:
         self._types: list[str] = []  # of its events
 
     def add(self, sequence: int, at: int, event_type: str, state: str) -> None:
-        self.events, self.sequence, self.last, self.state = self.events + 1, f"{sequence}", iso_format(at), state
+        self.events, self.sequence, self.last, self.state = self.events + 1, f"{sequence}", tool.iso_format(at), state
         if at >= self._since:
             self._end_visit()
             self._wait = model_days(at) - model_days(self._since)

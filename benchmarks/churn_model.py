@@ -25,7 +25,6 @@ AUC over users that it has not seen (5 folds) beside that of p_gone.
 from __future__ import annotations
 
 import csv
-import itertools
 import math
 import sys
 from collections import defaultdict
@@ -54,7 +53,7 @@ def read(settings: ChurnSettings, wanted: int) -> dict[int, Events]:
     consumer.assign([TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()])
     missing = set(range(1, wanted + 1))
     for record in consumer if consumer.assignment() else ():
-        sequence = int(dict(record.headers).get("event_id", b"").partition(b":")[2] or 0)
+        sequence = int(dict(record.headers).get("event_id", b":0").partition(b":")[2])
         if sequence in missing:
             missing.remove(sequence)
             event = orjson.loads(record.value)
@@ -65,23 +64,16 @@ def read(settings: ChurnSettings, wanted: int) -> dict[int, Events]:
 
 
 def features(events: Events, start: float, end: float) -> list[float]:
-    """What any consumer could compute; all times relative to the run's length, so that live and backfill are alike."""
-    border = (end - start) / 5000  # between two visits: half an hour of 90 days
-    visits: list[Events] = []
-    for before, event in itertools.pairwise([(-math.inf, ""), *events]):
-        visits += [[]] if event[0] - before[0] > border else []
-        visits[-1].append(event)
-    silence = (end - events[-1][0] if events else end - start) + border
-    gap = (end - start) / (len(visits) + 1)
-    recent = [kind for visit in visits[-4:] for _, kind in visit]
-    recent_gap = (events[-1][0] - visits[-4:][0][0][0] if events else end - start) / 4 + border
-    carts, views = recent.count("add_to_cart"), recent.count("product_view")
-    bounces = recent.count("bounce") / (len(visits[-4:]) or 1)
-    return [
-        *map(math.log, (silence, gap, recent_gap, silence / gap, silence / recent_gap)),
-        bounces,
-        carts / (views + 2),
-    ]
+    """What any consumer could compute, of all events and of the last twelve."""
+    recent, least = events[-12:], (end - start) / 5000  # half an hour of 90 days, so that no logarithm is of 0
+    silence = (end - events[-1][0] if events else end - start) + least
+    gap = (end - start) / (len(events) + 1)
+    recent_gap = ((events[-1][0] - recent[0][0]) / 12 if events else end - start) + least
+    views, carts, bounces = (
+        [kind for _, kind in recent].count(which) for which in ("product_view", "add_to_cart", "bounce")
+    )
+    times = map(math.log, (silence, gap, recent_gap, silence / gap, silence / recent_gap))
+    return [*times, bounces / (len(recent) + 1), carts / (views + 2)]
 
 
 def main() -> None:
