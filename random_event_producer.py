@@ -1424,7 +1424,7 @@ class Watch:
             self._lost_at = self._lost_at or now - max(stalled.values())
             self._most_waiting = max(self._most_waiting, unconfirmed)
             self._cause = find_cause(stalled) or self._cause  # not forgotten in the moment when it ends
-            self._say(stalled, of_all=len(stalled) == len(waits))
+            self._say(stalled, of_all=len(stalled) == len(waits) or -1 in stalled)
         elif self._lost_at and self.progress > self._lost_at:
             log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
             self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""
