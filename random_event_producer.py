@@ -78,7 +78,9 @@ try:
     from kafka.future import Future
     from kafka.net import manager as client_manager
     from kafka.net.compat import KafkaNetClient
+    from kafka.net.connection import KafkaConnection
     from kafka.net.inet import KafkaNetSocket
+    from kafka.net.selector import NetworkSelector
     from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
     from kafka.partitioner import murmur2
     from kafka.producer.transaction_manager import TransactionState
@@ -114,6 +116,7 @@ CONNECT_MS, CONNECT_MAX_MS = 1000, 5000  # for a connection to be made: at first
 SILENT_SECONDS = 3.0  # without an answer: the broker does not answer
 RECENT_SECONDS = 15.0  # what went wrong on a connection is thought to go on for so long
 REFUSED_IN_A_ROW, REFUSED_SECONDS = 5, 5.0  # events, and no confirmation for so long: give up
+BATCH_TRIES = 5  # of a batch with an error that may be a passing one
 READ_TRIES = 5  # of what a broker has sent and cannot be unpacked
 EMBEDDED_SECONDS = 30.0  # for the embedded broker to listen
 HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
@@ -703,32 +706,28 @@ class Tally:
 # it mends, and tests/repairs_test.py has a test that fails without it. A reader who trusts the client may skip this.
 
 
-def _repair_transports() -> None:
-    def received(receive: Any) -> Any:
-        def receive_first(transport: Any) -> tuple[bytes, object]:
-            data, error = receive(transport)
-            return (data, None) if data else (data, error)  # the end shows again at the next read
+class _Transport:
+    def _sock_recv(self) -> tuple[bytes, object]:
+        """What came together with the end of the stream was thrown away: Kafka's reason for a refused login."""
+        data, error = super()._sock_recv()  # type: ignore[misc]
+        return (data, None) if data else (data, error)  # the end shows again at the next read
 
-        return receive_first
 
-    for transport in (KafkaTCPTransport, KafkaSSLTransport):
-        # What came together with the end of the stream was thrown away: Kafka's reason for a refused login.
-        transport._sock_recv = received(transport._sock_recv)
-    shake_hands = KafkaSSLTransport.handshake
+class _TcpTransport(_Transport, KafkaTCPTransport):  # type: ignore[misc]
+    pass
 
-    async def handshake(transport: Any) -> None:
+
+class _TlsTransport(_Transport, KafkaSSLTransport):  # type: ignore[misc]
+    async def handshake(self) -> None:
         """A TLS handshake had no time limit."""
-        began, net = time.monotonic(), transport._net
-        limit = net.call_later(SILENT_SECONDS, lambda: socket.socket.shutdown(transport._sock, socket.SHUT_RDWR))
+        began, net, connection = time.monotonic(), self._net, self._sock
+        limit = net.call_later(SILENT_SECONDS, lambda: socket.socket.shutdown(connection, socket.SHUT_RDWR))
         try:
-            await shake_hands(transport)
+            await super().handshake()
         except OSError as error:
             raise TimeoutError("timed out") if time.monotonic() - began >= SILENT_SECONDS else error from None
         finally:
             net.cancel(limit)
-
-    KafkaSSLTransport.handshake = handshake
-    client_manager.create_connection = _create_connection
 
 
 async def _create_connection(
@@ -747,117 +746,120 @@ async def _create_connection(
     raise error
 
 
-_repair_transports()
+class _Connection(KafkaConnection):  # type: ignore[misc]
+    """Tells `manager.network` how it ends, and asks for metadata before it is used."""
+
+    manager: _Manager
+    at, stage = "", ""  # host:port; what the connection is about
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Why a connection ended stood in the log only; and what was no KafkaConnectionError ended the producer."""
+        if error and not isinstance(error, errors.KafkaConnectionError):
+            error = errors.KafkaConnectionError(f"{type(error).__name__}: {error}")
+        if not self.close_future.is_done:
+            self.manager.network.closed(self.node_id, self.at, error, self.stage)
+        super().connection_lost(error)
+
+    def _send_request(self, request: Any, **options: Any) -> Future:
+        """The error about a SASL mechanism hid which ones the broker offers."""
+        answer = super()._send_request(request, **options)
+        if isinstance(request, SaslHandshakeRequest):
+            answer.add_callback(lambda response: self.manager.network.offered(response.mechanisms))
+        return answer
+
+    async def initialize(self, timeout_at: float) -> None:
+        """As the client's own, and before anything is sent: is this still the cluster, and the topic, that it was?"""
+        cluster, bootstrap = self.manager.cluster, self.manager.cluster.is_bootstrap(self.node_id)
+        poke = self.net.call_later(0.7 * (timeout_at - time.monotonic()), self._end_line if bootstrap else int)
+        try:
+            await self._get_api_versions(timeout_at)
+            self.net.cancel(poke)
+            if self.sasl_enabled:
+                await self._sasl_authenticate(timeout_at)
+            self.stage = "at the first request: "
+            cluster.update_metadata(await self._send_request(cluster.metadata_request(), timeout_at=timeout_at))
+        except Exception as error:
+            self.close(error)
+        else:
+            self.stage = ""
+            self._init_complete()
+            self.manager.network.connected(self.node_id, self.at)
+
+    def _end_line(self) -> None:
+        """What is no Kafka may wait for the end of a line, and say then what it is."""
+        if self.initializing and self.transport:
+            self.transport.write(b"\r\n\r\n")
 
 
-class _NetClient(KafkaNetClient):  # type: ignore[misc]
-    """The client's connections: calm while Kafka is away, and each failure told to `network`."""
+client_manager.KafkaTCPTransport, client_manager.KafkaSSLTransport = _TcpTransport, _TlsTransport
+client_manager.create_connection, client_manager.KafkaConnection = _create_connection, _Connection
 
-    def __init__(self, network: Network, **options: Any) -> None:
-        limits = {
-            "socket_connection_setup_timeout_ms": CONNECT_MS,
-            "socket_connection_setup_timeout_max_ms": CONNECT_MAX_MS,
-        }
-        super().__init__(**options, **limits)
-        self._network = network
-        manager, cluster = self._manager, self._manager.cluster
-        network.cluster = cluster
-        self._get_connection, manager.get_connection = manager.get_connection, self._watched_connection
-        self._update_backoff, manager.update_backoff = manager.update_backoff, self._back_off
-        self._reset_backoff, manager.reset_backoff = manager.reset_backoff, self._reset_backoff_if_connected
-        self._request_update, cluster.request_update = cluster.request_update, self._request_update_once
-        servers = cluster.bootstrap_brokers()
-        cluster.bootstrap_brokers = lambda: [min(servers, key=self._retry_at)]
+
+class _Manager(client_manager.KafkaConnectionManager):  # type: ignore[misc]
+    """The client's connections: calm while Kafka is away."""
+
+    def __init__(self, network: Network, net: NetworkSelector, **options: Any) -> None:
+        limits = {"socket_connection_setup_timeout_ms": CONNECT_MS}
+        super().__init__(net, **options, **limits, socket_connection_setup_timeout_max_ms=CONNECT_MAX_MS)
+        self.network, network.cluster, network.held_up = network, self.cluster, self.held_up
+        self._request_update, self.cluster.request_update = self.cluster.request_update, self._request_update_once
+        servers = self.cluster.bootstrap_brokers()
+        self.cluster.bootstrap_brokers = lambda: [min(servers, key=self._retry_at)]
 
     def _retry_at(self, server: Any) -> float:
-        """One bootstrap server was drawn at random, again and again: now it is the one whose turn comes first."""
-        return float(self._manager._backoff.get(server.node_id, (0, 0.0, 0))[1])
+        """One bootstrap server was drawn at random, again and again: now each has its turn."""
+        return float(self._backoff.get(server.node_id, (0, 0.0, 0))[1])
 
     def _request_update_once(self) -> Future:
         """Asking for metadata that is asked for already woke the network thread at once: a core while Kafka is away."""
-        cluster = self._manager.cluster
-        asked = cluster._future
-        return asked if cluster._need_update and asked and not asked.is_done else self._request_update()
+        asked = self.cluster._future
+        return asked if self.cluster._need_update and asked and not asked.is_done else self._request_update()
 
-    def connection_delay(self, node_id: object) -> float:
-        """In ms. Seconds, and 0 for a connection on its way, were taken for ms: a core while Kafka is silent."""
-        return max(50.0, 1000 * float(super().connection_delay(node_id)))
-
-    def _reset_backoff_if_connected(self, node_id: object) -> None:
-        """A refused login counted as a connection made, so that the next try came at once."""
-        connection = self._manager._conns.get(node_id)
-        ready = connection is not None and connection.connected
-        self._reset_backoff(node_id) if ready else self._manager.update_backoff(node_id)
-
-    def _back_off(self, node_id: object) -> float:
-        """Nobody asked the bootstrap servers again when all known brokers had moved."""
-        pause: float = self._update_backoff(node_id)
-        manager, nodes = self._manager, [broker.node_id for broker in self._manager.cluster.brokers()]
-        if not nodes or any(conn.connected for conn in manager._conns.values()):
-            return pause
-        if manager.cluster.is_bootstrap(node_id):  # beside the brokers' own addresses, so not as often
-            failures, _, connect_ms = manager._backoff[node_id]
-            manager._backoff[node_id] = failures, time.monotonic() + SILENT_SECONDS, connect_ms
-        elif all(node in manager._backoff for node in nodes):
-            manager.bootstrap_async()
-        return pause
-
-    def _watched_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
-        known = self._manager._conns.get(node_id)
-        connection = self._get_connection(node_id, *args, **options)
-        if connection is not known:
-            connection.stage = ""
-            connection.initialize = functools.partial(self._initialize, connection)
-            connection.close_future.add_both(functools.partial(self._closed, connection))
+    def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
+        connection = super().get_connection(node_id, *args, **options)
+        connection.manager, connection.at = self, connection.at or self.network.address(node_id)
         return connection
 
-    def _closed(self, connection: Any, error: Any) -> None:
-        """Why a connection ended stood in the log only: an exception told of a time-out, whatever had happened."""
-        self._network.closed(connection.node_id, error if isinstance(error, Exception) else None, connection.stage)
-
-    async def _initialize(self, connection: Any, timeout_at: float) -> None:
-        """As the client's own, and before anything is sent: is this still the cluster, and the topic, that it was?"""
-        cluster, send = self._manager.cluster, connection._send_request
-
-        def send_request(request: Any, **options: Any) -> Future:
-            answer = send(request, **options)
-            if isinstance(request, SaslHandshakeRequest):  # the error hid which mechanisms the broker offers
-                answer.add_callback(lambda response: self._network.offered(response.mechanisms))
-            return answer
-
-        connection._send_request = send_request
-        # What is no Kafka may wait for the end of a line, and say then what it is.
-        poke = self._net.call_later(0.7 * (timeout_at - time.monotonic()), lambda: self._end_line(connection))
-        try:
-            await connection._get_api_versions(timeout_at)
-            self._net.cancel(poke)
-            if connection.sasl_enabled:
-                await connection._sasl_authenticate(timeout_at)
-            connection.stage = "at the first request: "
-            cluster.update_metadata(await send(cluster.metadata_request(), timeout_at=timeout_at))
-        except errors.IncompatibleBrokerVersion as error:  # it ended the bootstrap for good
-            connection.close(errors.KafkaConnectionError(f"IncompatibleBrokerVersion: {error}"))
-        except Exception as error:
-            connection.close(error)
+    def reset_backoff(self, node_id: object) -> None:
+        """A refused login counted as a connection made, so that the next try came at once."""
+        connection = self._conns.get(node_id)
+        if node_id == "metadata" or (connection is not None and connection.connected):
+            super().reset_backoff(node_id)
         else:
-            connection.stage = ""
-            connection._init_complete()
-            self._network.connected(connection.node_id)
+            self.update_backoff(node_id)
 
-    def _end_line(self, connection: Any) -> None:
-        if connection.initializing and connection.transport and self._manager.cluster.is_bootstrap(connection.node_id):
-            connection.transport.write(b"\r\n\r\n")
+    def update_backoff(self, node_id: object) -> float:
+        """Nobody asked the bootstrap servers again when all known brokers had moved."""
+        pause: float = super().update_backoff(node_id)
+        nodes = [broker.node_id for broker in self.cluster.brokers()]
+        if not nodes or any(connection.connected for connection in self._conns.values()):
+            return pause
+        if self.cluster.is_bootstrap(node_id):  # beside the brokers' own addresses, so not as often
+            failures, _, connect_ms = self._backoff[node_id]
+            self._backoff[node_id] = failures, time.monotonic() + SILENT_SECONDS, connect_ms
+        elif all(node in self._backoff for node in nodes):
+            self.bootstrap_async()
+        return pause
 
     def held_up(self) -> str:
         """What a broker does that keeps a request from being answered, "" when none does."""
         since = time.monotonic() - SILENT_SECONDS
-        for connection in list(self._manager._conns.values()):
-            at = self._network.address(connection.node_id)
+        for connection in list(self._conns.values()):
             if "throttle" in connection.paused:
-                return f"{at} slows this client down: a quota throttles it"
+                return f"{connection.at} slows this client down: a quota throttles it"
             if any(sent_at < since for _, _, sent_at, *_ in list(connection.in_flight_requests)[:1]):
-                return f"{at} does not answer within some seconds"
+                return f"{connection.at} does not answer within some seconds"
         return ""
+
+
+class _NetClient(KafkaNetClient):  # type: ignore[misc]
+    def __init__(self, network: Network, **options: Any) -> None:
+        net = NetworkSelector(**options)
+        super().__init__(net, _Manager(network, net, **options))
+
+    def connection_delay(self, node_id: object) -> float:
+        """In ms. Seconds, and 0 for a connection on its way, were taken for ms: a core while Kafka is silent."""
+        return max(50.0, 1000 * float(super().connection_delay(node_id)))
 
 
 class TopicChanged(Exception):
@@ -901,8 +903,13 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         return future
 
     def _can_retry(self, batch: Any, kind: type[Exception]) -> bool:
-        """A retry was dropped, and its records with it, once there was a newer producer id."""
-        return issubclass(kind, errors.RetriableError) and batch.final_state is None
+        """A retry was dropped, and its records with it, once there was a newer producer id.
+
+        An error that the broker does not know may have come after the batch was stored, and one wrong bit on the way
+        makes it corrupt: both are tried again as they are.
+        """
+        unclear = kind in (errors.UnknownError, errors.CorruptRecordError) and batch.attempts < BATCH_TRIES
+        return (unclear or issubclass(kind, errors.RetriableError)) and batch.final_state is None
 
     def _end_batch(self, batch: Any, error: Exception, partition_response: Any) -> None:
         """The client logs an exception in here and forgets it; the partition is then never sent to again."""
@@ -916,7 +923,8 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         """A record that is refused was the end of the producer: every later one failed with the same error."""
         state, partition, kind = self._transaction_manager, batch.topic_partition, type(error)
         lost = kind in state._NEEDS_EPOCH_BUMP_ERRORS  # the broker has lost what it knew of this producer
-        if not lost and (kind in state._FATAL_ERRORS or not is_refusal(error)):
+        refused = is_refusal(error) and kind not in state._FATAL_ERRORS and not self._can_retry(batch, kind)
+        if not lost and not refused:
             self._dispatch_error(batch, error, partition_response)
             return
         if lost or (batch.record_count > 1 and not isinstance(error, errors.AuthorizationError)):
@@ -927,11 +935,12 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         self._sender._maybe_remove_from_inflight_batches(batch)
         self._accumulator.deallocate(batch)
         self._accumulator.muted.discard(partition)
-        if not lost and not batch.attempts:
+        current = state.producer_id_and_epoch.match(batch)
+        if current and not (lost or batch.attempts):
             state.set_sequence_number(partition, batch.base_sequence)  # never stored: the next batch takes it
             return
         state.reset_sequence_for_partition(partition)
-        if state.producer_id_and_epoch.match(batch):
+        if current:
             state.bump_producer_id_and_epoch()
 
     def _look_at_topic(self, cluster: Any) -> None:
@@ -940,10 +949,12 @@ class Producer(KafkaProducer):  # type: ignore[misc]
             partitions = cluster.partitions_for_topic(self._topic)
             if not partitions:
                 return
-            topic = cluster.cluster_id, cluster.topic_id(self._topic)
-            fewer = len(partitions) < self._partition_count
-            self.changed |= fewer or bool(self._topics_seen and topic not in self._topics_seen)
-            self._topics_seen.add(topic)
+            topic = cluster.cluster_id, cluster.topic_id(self._topic) or None  # no id before Kafka 2.8
+            another = bool(self._topics_seen and topic not in self._topics_seen)
+            if len(partitions) < self._partition_count or (another and None not in topic):
+                self.changed = True
+            if None not in topic:
+                self._topics_seen.add(topic)
             self._partition_count = len(partitions)
         except Exception as defect:
             self.defect = defect
@@ -963,6 +974,8 @@ class Producer(KafkaProducer):  # type: ignore[misc]
             if state.has_in_flight_transactional_request() or state.has_fatal_error():
                 return False
             batches = accumulator._incomplete.all()
+            if any(batch.is_done for batch in batches):  # the sender is about to let go of it
+                return False
             self.sent_again += sum(batch.record_count for batch in batches if batch.has_sequence)
             accumulator.abort_batches(TopicChanged())
             state.reset_producer_id()
@@ -970,9 +983,6 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         self.changed = False
         self._sender.wakeup()
         return True
-
-    def held_up(self) -> str:
-        return str(self._sender._client.held_up())
 
     def end(self, seconds: float) -> None:
         """End the client within so many seconds, or by force: close() raises when Kafka is away, and goes on."""
@@ -1203,11 +1213,12 @@ class Network:
     def __init__(self, settings: Settings, rights: str = "Write and Describe") -> None:
         """`rights`: what the user needs on the topic."""
         self.cluster: Any = None  # the client's picture of it
+        self.held_up: Callable[[], str] = str  # the client's, too
         self.servers = settings.bootstrap_servers
         self._topic, self._rights = settings.kafka_topic, rights
         self._creation = "and Kafka does not create it"
         self._connected: set[object] = set()  # node ids of brokers
-        self._known: set[str] = set(self.servers)  # addresses that were given, or that answered
+        self._answered: set[str] = set()  # addresses
         self._met: dict[str, tuple[float, bool, str]] = {}  # address -> when, lasting, sentence
         self._answer: tuple[float, str] = (-math.inf, "")  # the last one to a batch that was not confirmed
         self._words = {
@@ -1220,24 +1231,25 @@ class Network:
 
     # -- what the client tells, on its own thread
 
-    def connected(self, node_id: object) -> None:
-        self._met.pop(self.address(node_id), None)
-        self._known.add(self.address(node_id))
+    def connected(self, node_id: object, at: str) -> None:
+        """`at`: host:port"""
+        self._met.pop(at, None)
+        self._answered.add(at)
         if not self.cluster.is_bootstrap(node_id):
             self._connected.add(node_id)
 
-    def closed(self, node_id: object, error: Exception | None, stage: str) -> None:
+    def closed(self, node_id: object, at: str, error: Exception | None, stage: str) -> None:
         """`stage`: what the connection was about when it ended."""
         self._connected.discard(node_id)
         if error is None:
             return
-        text, at = f"{stage}{type(error).__name__}: {error}", self.address(node_id)
+        text = f"{stage}{error}" if at not in self._answered else str(error)  # else the settings are right
         if frame := re.search(r"Invalid frame length: (-?\d+)", text):  # the size of an answer: four bytes
             start = int(frame[1]).to_bytes(4, "big", signed=True)
             text = "starts with TLS" if start[:2] == b"\x15\x03" else f"starts with {start.decode('latin-1')!r}"
         cause = next(cause for cause in CAUSES if re.search(cause.words, text))
         sentence = cause.meaning.format(at=at, host=at.rpartition(":")[0], error=text, **self._words)
-        if at not in self._known:
+        if at not in self._answered and at not in self.servers:
             sentence = f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
         self._met[at] = time.monotonic(), cause.lasting, sentence
 
@@ -1260,19 +1272,18 @@ class Network:
             return f"broker {node_id}"
         return f"[{broker.host}]:{broker.port}" if ":" in broker.host else f"{broker.host}:{broker.port}"
 
-    def create_no_topic(self, because: str) -> bool:
-        """From now on asking for a topic does not create it. False when that is so already."""
-        creates = bool(self.cluster.config["allow_auto_create_topics"])
-        self.cluster.config["allow_auto_create_topics"] = False  # the client's option of that name is not passed on
-        self._creation = because
-        return creates
+    def create_no_topic(self, because: str) -> None:
+        """From now on asking for a topic does not create it: the client's option of that name is not passed on."""
+        self.cluster.config["allow_auto_create_topics"], self._creation = False, because
 
     def missing_topic(self, error: Exception) -> str:
         """What is to be done about the topic, when waiting may help. Raises GiveUp when it does not."""
         topic = self._topic
-        # With auto-creation Kafka calls a topic unauthorised that is merely missing, when the user may not create it.
-        if isinstance(error, errors.AuthorizationError) and not self.create_no_topic("and this user may not create it"):
-            raise GiveUp(f"not authorised for topic {topic}: grant this user {self._rights}")
+        if isinstance(error, errors.AuthorizationError):
+            # With auto-creation Kafka says so of a topic that is merely missing, when the user may not create it.
+            if not self.cluster.config["allow_auto_create_topics"]:
+                raise GiveUp(f"not authorised for topic {topic}: grant this user {self._rights}")
+            self.create_no_topic("and this user may not create it")
         if isinstance(error, errors.InvalidTopicError):
             raise GiveUp(f"Kafka refuses the topic name {topic}: set KAFKA_TOPIC")
         create = f"kafka-topics.sh --bootstrap-server {self.servers[0]} --create --topic {topic}"
@@ -1338,13 +1349,20 @@ def client_options(settings: Settings, network: Network | None = None) -> dict[s
     }
 
 
-def await_topic(ready: Callable[[], bool], network: Network, settings: Settings, given_up: Callable[[], bool]) -> bool:
+def await_topic(
+    ready: Callable[[], bool],
+    network: Network,
+    settings: Settings,
+    given_up: Callable[[], bool],
+    began: float,
+    tell: Callable[[str], object] = str,
+) -> bool:
     """Wait for Kafka and the topic: until `ready()`, which takes a moment and may raise a KafkaError of the topic.
 
-    False once `given_up()`. Raises GiveUp for what waiting does not cure, and after CONNECT_TIMEOUT_SECONDS.
+    `began`: when the waiting did (monotonic); `tell` hears what is waited for. False once `given_up()`. Raises GiveUp
+    for what waiting does not cure, and after CONNECT_TIMEOUT_SECONDS.
     """
-    began, limit = time.monotonic(), settings.connect_timeout_seconds or math.inf
-    reached_at = math.inf
+    limit, answered_at = settings.connect_timeout_seconds or math.inf, math.inf
     while not given_up():
         missing = ""
         try:
@@ -1352,22 +1370,25 @@ def await_topic(ready: Callable[[], bool], network: Network, settings: Settings,
                 return True
         except KafkaError as error:
             missing = network.missing_topic(error) if network.reached else ""
-        now = time.monotonic()
-        if network.reached:
-            reached_at = min(reached_at, now)
+        now, cause = time.monotonic(), network.held_up()
+        if network.reached and not cause:
+            answered_at = min(answered_at, now)
+            tell(f"topic {settings.kafka_topic} is not there")
             if now - began >= limit:
                 raise GiveUp(
                     f"topic {settings.kafka_topic} is not there after {limit:g} s: create it, or set KAFKA_TOPIC"
                 )
-            if missing and now - reached_at >= CREATION_SECONDS:
+            if missing and now - answered_at >= CREATION_SECONDS:
                 log.warning("%s", missing)
         else:
             if hopeless := network.hopeless():
                 raise GiveUp(hopeless)
-            cause = network.trouble() or f"{network.servers[0]} does not answer within some seconds"
+            known = network.trouble() or cause
+            cause = known or f"{network.servers[0]} does not answer within some seconds"
+            tell(f"Kafka is not reached yet: {cause}")
             if now - began >= limit:
                 raise GiveUp(f"Kafka not reached in {limit:g} s: {cause}")
-            if network.trouble() or now - began >= SILENT_SECONDS:
+            if known or now - began >= SILENT_SECONDS:
                 start = ". To start one: docker compose up -d kafka, or KAFKA_BROKER=embedded for a trial"
                 log.warning("Kafka is not there yet: %s. Trying again%s", cause, start * ("nothing listens" in cause))
         time.sleep(SLICE_SECONDS / 5)
@@ -1398,20 +1419,19 @@ class Watch:
     def begin(self) -> None:
         """Start the clocks anew."""
         self._began = self._looked_at = time.monotonic()
-        self._confirmed_at.clear()
 
     def confirmed(self, partitions: Iterable[int], now: float) -> None:
         self._confirmed_at.update(dict.fromkeys(partitions, now))
 
     @property
     def progress(self) -> float:
-        """When something was confirmed last (monotonic), or could have been for the first time."""
-        return max(self._confirmed_at.values(), default=self._began)
+        """When something was confirmed last (monotonic), or the clocks were started."""
+        return max(self._began, max(self._confirmed_at.values(), default=0))
 
     def quiet(self, waits: dict[int, float]) -> dict[int, float]:
         """Partition -> seconds without a confirmation; `waits`: when its oldest event was due."""
         now = time.monotonic()
-        return {where: now - max(due, self._confirmed_at.get(where, self._began)) for where, due in waits.items()}
+        return {where: now - max(due, self._began, self._confirmed_at.get(where, 0)) for where, due in waits.items()}
 
     def look(self, waits: dict[int, float], unconfirmed: int, find_cause: Callable[[Iterable[int]], str]) -> None:
         now = time.monotonic()
@@ -1425,7 +1445,7 @@ class Watch:
             self._most_waiting = max(self._most_waiting, unconfirmed)
             self._cause = find_cause(stalled) or self._cause  # not forgotten in the moment when it ends
             self._say(stalled, of_all=len(stalled) == len(waits) or -1 in stalled)
-        elif self._lost_at and self.progress > self._lost_at:
+        elif self._lost_at and max(self._confirmed_at.values(), default=0) > self._lost_at:
             log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
             self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""
         if not self._lost_at and -1 not in waits:
@@ -1464,7 +1484,7 @@ class Delivery:
 
     def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
         """Connect, `prepare()`, wait for the topic. False when a stop is asked for; raises GiveUp."""
-        settings, tally, network = self._settings, self._tally, self._network
+        settings, tally, network, began = self._settings, self._tally, self._network, time.monotonic()
         compression = settings.kafka_compression
         self._producer = producer = Producer(
             self._topic,
@@ -1479,20 +1499,16 @@ class Delivery:
             compression_type=None if compression == "none" else compression,
         )
 
-        def reached() -> bool:
-            tally.turned_at = time.monotonic()
-            tally.trouble = f"Kafka is not reached yet: {network.trouble() or 'it does not answer'}"
-            return network.reached
+        def tell(trouble: str) -> None:
+            tally.turned_at, tally.trouble = time.monotonic(), trouble
 
-        def topic_is_there() -> bool:
-            if reached():
-                tally.trouble = f"topic {self._topic} is not there"
-            return bool(producer.partitions_for(self._topic))
+        def wait_until(ready: Callable[[], bool]) -> bool:
+            return await_topic(ready, network, settings, self._stop.asked, began, tell)
 
-        if not await_topic(reached, network, settings, self._stop.asked):
+        if not wait_until(lambda: network.reached):
             return False
         prepare()
-        if not await_topic(topic_is_there, network, settings, self._stop.asked):
+        if not wait_until(lambda: bool(producer.partitions_for(self._topic))):
             return False
         self._watch.begin()
         tally.trouble = ""
@@ -1601,7 +1617,7 @@ class Delivery:
         """Why these do not confirm, as far as it is known."""
         if self._waiting or self._producer is None:
             return f"topic {self._topic} is not there"
-        return self._network.leaderless(partitions) or self._producer.held_up() or self._network.trouble()
+        return self._network.leaderless(partitions) or self._network.held_up() or self._network.trouble()
 
     def wait(self, until: float) -> None:
         """Sleep until then (monotonic) or until something is confirmed, SLICE_SECONDS at most."""
@@ -1609,7 +1625,7 @@ class Delivery:
         heads = [entries[0] for entries in self._on_their_way.values() if entries]
         if heads and left > 0.002:
             _, future = min(heads, key=lambda entry: entry[0].due)
-            with contextlib.suppress(KafkaError, TopicChanged):
+            with contextlib.suppress(Exception):  # settle() judges it
                 future.get(left)
         elif left > 0:
             time.sleep(left)
@@ -1869,29 +1885,29 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class _QuietServer(ThreadingWSGIServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("%s:%d left before its answer", *client_address[:2])
-
-
-class _QuietServer6(_QuietServer):
-    address_family = socket.AF_INET6
+    def __init__(self, address: tuple[str, int], *args: Any) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, *args)
 
     def server_bind(self) -> None:
-        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # `::` takes IPv4 too
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # `::` takes IPv4 too
         super().server_bind()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.debug("No answer to %s:%d: %r", *client_address[:2], sys.exc_info()[1])
 
+
+SERVED = {
+    "/metrics": "counters for Prometheus",
+    "/healthz": "200 while the loop turns over",
+    "/readyz": "200 while Kafka confirms events, else 503 with the reason",
+}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>random-event-producer</title>
 <style>body {{font: 16px/1.5 system-ui, sans-serif; max-width: 40em; margin: 3em auto; padding: 0 1em}}</style></head>
-<body><h1>random-event-producer {version}</h1>
-<p>{state}</p>
-<ul>
-<li><a href="/metrics">/metrics</a>: counters for Prometheus</li>
-<li><a href="/healthz">/healthz</a>: 200 while the loop turns over</li>
-<li><a href="/readyz">/readyz</a>: 200 while Kafka confirms events, else 503 with the reason</li>
-</ul></body></html>"""
+<body><h1>random-event-producer {version}</h1><p>{state}</p><ul>{links}</ul></body></html>"""
 
 
 @contextlib.contextmanager
@@ -1911,9 +1927,10 @@ def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
         state = hung or tally.trouble
         if path == "/":
             told = f"Not ready: {state}" if state else f"Kafka confirms events: {tally.total_sent} so far"
-            return "200 OK", "text/html", PAGE.format(version=__version__, state=html.escape(f"{told}."))
+            links = "".join(f'<li><a href="{path}">{path}</a>: {what}</li>' for path, what in SERVED.items())
+            return "200 OK", "text/html", PAGE.format(version=__version__, state=html.escape(f"{told}."), links=links)
         if (trouble := {"/healthz": hung, "/readyz": state}.get(path)) is None:
-            return "404 Not Found", "text/plain", "there are /metrics, /healthz and /readyz"
+            return "404 Not Found", "text/plain", f"there are {', '.join(SERVED)}"
         return ("503 Service Unavailable", "text/plain", trouble) if trouble else ("200 OK", "text/plain", "ok")
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -1927,7 +1944,7 @@ def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
     if host == "::" and not socket.has_dualstack_ipv6():
         host = "0.0.0.0"  # noqa: S104 (a machine without IPv6; what was asked for is every address)
     try:
-        server = make_server(host, port, app, _QuietServer6 if ":" in host else _QuietServer, _QuietHandler)
+        server = make_server(host, port, app, _QuietServer, _QuietHandler)
     except OSError as error:
         raise BadConfiguration(f"METRICS_PORT: {host}:{port} cannot be used: {error.strerror or error}") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -2011,7 +2028,6 @@ class Run:
         self._delivery = Printer(tally, stop) if printing else Delivery(settings, tally, stop, on_confirmed)
         self._pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
         self._made_until = time.monotonic()
-        self._ended = False  # the stream itself
         self._reported = (time.monotonic(), 0)
 
     def __call__(self) -> int:
@@ -2024,7 +2040,7 @@ class Run:
             gave_up = True
         self._summary()
         # An evicted Job has not done its work, though every event that it made is confirmed.
-        cut_short = self._stop.requested and not self._ended and tally.made < (self._settings.max_events or 0)
+        cut_short = self._stop.requested and tally.made < min(self._most, self._settings.max_events or 0)
         return int(gave_up or cut_short or tally.total_sent < tally.made)
 
     def _send_all(self) -> None:
@@ -2051,7 +2067,7 @@ class Run:
         gc.collect()
         gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
-        while not (self._stop.requested or self._ended or tally.made >= self._most):
+        while not self._stop.requested and tally.made < self._most:
             if pace.finished(now := time.monotonic()):
                 break
             delivery.settle()
@@ -2062,14 +2078,15 @@ class Run:
             dues = pace.take(now, room)
             events = [event for due in dues if (event := make(due))]
             tally.made += len(events)
-            self._ended = len(events) < len(dues)
+            if len(events) < len(dues):  # the stream has ended
+                self._most = tally.made
             delivery.send(*events)  # a burst at once: a tenth faster than by turns
             if room <= 0:
                 delivery.wait(math.inf)
             elif not dues:  # not less than a millisecond: shorter naps cost more than they space out
                 delivery.wait(min(pace.end, max(pace.due(), now + 0.001)))
         self._made_until = time.monotonic()
-        if tally.made < self._most and not self._ended:
+        if tally.made < self._most:
             self._skip(self._made_until)
 
     def _skip(self, now: float) -> None:

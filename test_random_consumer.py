@@ -107,7 +107,7 @@ class Reader:
     def open(self) -> bool:
         """Wait for Kafka and the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
         self._consumer.follow(self._topic)
-        if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked):
+        if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked, self._began):
             return False
         self._identity = self._consumer.identity(self._topic)
         self._audit.counts.append(len(self._begins))
