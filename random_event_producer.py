@@ -88,7 +88,6 @@ try:
     from kafka.protocol.sasl import SaslHandshakeRequest
     from kafka.record.default_records import DefaultRecordBatch
     from kafka.record.util import decode_varint as decode_number
-    from kafka.util import WeakMethod
 except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
@@ -1015,12 +1014,6 @@ class _Batches:
 
 
 class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
-    """What a broker has answered for one partition; `empty_at`: where its last answer was empty, by partition."""
-
-    def __init__(self, empty_at: dict[Any, int], offset: int, partition: Any, records: Any, **options: Any) -> None:
-        super().__init__(offset, partition, records, **options)
-        empty_at[partition] = -1 if records.has_next() else offset
-
     def _unpack_records(self, partition: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
         """An exception left a dead iterator behind, which poll() asked again and again, deaf to every signal."""
         batches = _Batches(records)
@@ -1066,10 +1059,9 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]
         super().__init__(**options)
         # The option was not passed on: whoever asked for a topic created it.
         self._cluster.config["allow_auto_create_topics"] = self.config["allow_auto_create_topics"]
-        # What looks after a group raised for a topic that may not be read, and so broke off each connection.
-        self._cluster.remove_listener(WeakMethod(self._coordinator._handle_metadata_update))
-        self._empty_at: dict[TopicPartition, int] = {}
-        self._fetcher.PartitionRecords = functools.partial(_PartitionRecords, self._empty_at)
+        self._fetcher.PartitionRecords = _PartitionRecords
+        self._parse, self._fetcher._parse_fetched_data = self._fetcher._parse_fetched_data, self._noting_stable_end
+        self._stable_ends: dict[TopicPartition, int] = {}
         self.on_unreadable: Callable[[int, int, int, str], None] | None = None
         self._failures: Counter[tuple[TopicPartition, int]] = Counter()
 
@@ -1125,14 +1117,25 @@ class Consumer(KafkaConsumer):  # type: ignore[misc]
         assigned = dict(self._subscription.assignment)
         return {partition: state.position.offset for partition, state in assigned.items() if state.position}
 
+    def ends(self) -> dict[TopicPartition, int]:
+        """Where each partition ends, as the last answer said; where none has come yet, for ever further on."""
+        known = {partition: self.highwater(partition) for partition in self.positions()}
+        return {partition: sys.maxsize if end is None else end for partition, end in known.items()}
+
     def behind(self) -> dict[TopicPartition, int]:
-        """The partitions not read to where the last answer said they end, if one came, and where they are read to."""
-        ends = {at: sys.maxsize if (end := self.highwater(at)) is None else end for at in self.positions()}
-        return {at: offset for at, offset in self.positions().items() if offset < ends.get(at, 0)}
+        """The partitions not read to their end, and where they are read to."""
+        ends = self.ends()
+        return {partition: offset for partition, offset in self.positions().items() if offset < ends[partition]}
 
     def held_up(self) -> dict[TopicPartition, int]:
-        """Those behind of which the broker has handed out nothing more, as before an open transaction."""
-        return {at: offset for at, offset in self.behind().items() if self._empty_at.get(at) == offset}
+        """Those behind, read to where an open transaction begins: nothing more is handed out."""
+        stable = self._stable_ends
+        return {at: offset for at, offset in self.behind().items() if 0 <= stable.get(at, -1) <= offset}
+
+    def _noting_stable_end(self, answer: Any) -> Any:
+        """An answer says where the first open transaction begins (-1: nothing); the client did not keep that."""
+        self._stable_ends[answer.topic_partition] = answer.partition_data.last_stable_offset
+        return self._parse(answer)
 
     def refresh(self, seconds: float) -> bool:
         """Ask what there is now, and wait so long for the answer."""

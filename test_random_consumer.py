@@ -46,14 +46,8 @@ import random_event_producer as tool
 from random_event_producer import GiveUp, Stop, key_hash, log, setting
 
 import orjson
-from kafka import TopicPartition
-from kafka.errors import (
-    AuthorizationError,
-    KafkaError,
-    KafkaTimeoutError,
-    LogTruncationError,
-    OffsetOutOfRangeError,
-)
+from kafka import TopicPartition, errors
+from kafka.errors import KafkaError
 from pydantic import Field
 
 BATCH = 1000  # records between two looks at signals
@@ -65,6 +59,9 @@ ANSWER_MS = 2000  # for Kafka to answer a question about the topic
 TOTAL_SECONDS = 3.0  # between two lines about how many were read
 CLOSING_SECONDS = 3.0  # at the end, for events that are still on their way
 CREATE_TIME = 0  # a record's timestamp_type when the producer has set its time
+UNKNOWN_POLICY = (
+    "Kafka does not tell if the topic is compacted, which would explain what is missing: grant DescribeConfigs"
+)
 COMPACTED = "the topic is compacted, which removes all but the last event of a user: what is missing is not judged"
 
 Ranges = list[tuple[int, int]]
@@ -90,14 +87,14 @@ class Reader:
         self._settings, self._stop, self._audit = settings, stop, audit
         self._topic, self._began = settings.kafka_topic, time.monotonic()
         self._network = tool.Network(settings, "Read and Describe")
-        self._consumer = tool.Consumer(
+        self.consumer = tool.Consumer(
             **tool.client_options(settings, self._network),
             auto_offset_reset="none",
             enable_auto_commit=False,
             allow_auto_create_topics=False,
             isolation_level="read_committed",
         )
-        self._consumer.on_unreadable = audit.note_unreadable
+        self.consumer.on_unreadable = audit.note_unreadable
         self._begins: dict[TopicPartition, int] = {}
         self._identity: object = None  # of the topic that is read
         self._gone = False
@@ -106,12 +103,12 @@ class Reader:
 
     def open(self) -> bool:
         """Wait for Kafka and the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
-        self._consumer.follow(self._topic)
+        self.consumer.follow(self._topic)
         if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked, self._began):
             return False
-        self._identity = self._consumer.identity(self._topic)
+        self._identity = self.consumer.identity(self._topic)
         self._audit.counts.append(len(self._begins))
-        self._consumer.assign(list(self._begins))
+        self.consumer.assign(list(self._begins))
         self._seek(self._begins)
         self._audit.cut = {partition.partition: None for partition, offset in self._begins.items() if offset > 0}
         if self._settings.start == "latest":
@@ -127,15 +124,15 @@ class Reader:
                 self._next_look = now + LOOK_SECONDS
                 self._follow_topic()
                 self._watch_connections(now)
-            batches = self._consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
+            batches = self.consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
             if batches and not self._recreated():
                 self._news_at = now
                 return [record for batch in batches.values() for record in batch]
             if batches:  # read of the new topic, from where the old one was read to
                 self._next_look = 0.0
-        except LogTruncationError as error:
+        except errors.LogTruncationError as error:
             lost = {partition: at.offset if at else sys.maxsize for partition, at in error.divergent_offsets.items()}
-        except OffsetOutOfRangeError as error:
+        except errors.OffsetOutOfRangeError as error:
             lost = error.args[0]
         except KafkaError as error:
             self._complain(error)
@@ -143,61 +140,48 @@ class Reader:
             self._recover(lost)
         return []
 
-    def ends(self) -> dict[TopicPartition, int]:
-        """Where the partitions end, as the last answers said."""
-        return {partition: self._consumer.highwater(partition) or 0 for partition in self._consumer.positions()}
-
     def reached(self, ends: dict[TopicPartition, int]) -> bool:
-        """Except for partitions of which Kafka hands out no more."""
-        positions, held = self._consumer.positions(), self._consumer.held_up()
+        """Whether the partitions are read so far, but for those of which Kafka hands out no more."""
+        positions, held = self.consumer.positions(), self.consumer.held_up()
         return all(positions.get(partition, end) >= end or partition in held for partition, end in ends.items())
 
-    def held_up(self) -> bool:
-        """Whether a partition has more that Kafka does not hand out."""
-        return bool(self._consumer.held_up())
+    def unsettled(self) -> bool:
+        """Whether a transaction is open somewhere, or a partition has not been heard of yet."""
+        return bool(self.consumer.held_up()) or sys.maxsize in self.consumer.ends().values()
 
     def unread(self) -> dict[int, str]:
         """The partitions that were not read to their end, though they could have been, and why."""
         cause = self._network.trouble() or "it is not connected"
-        away = self._consumer.unreached(self._topic) if self._away_since is not None else ()
+        away = self.consumer.unreached(self._topic) if self._away_since is not None else ()
         why = dict.fromkeys(away, f"its leader is not reached ({cause})")
         silent = time.monotonic() - self._news_at >= SILENT_SECONDS  # else there was no time to read on
-        behind = self._consumer.behind() if silent else self._consumer.held_up()
-        for partition, end in self._stable_ends(list(behind)).items():
-            if end > behind[partition] and silent:
-                why.setdefault(partition.partition, "the broker hands out no more")
-            elif end <= behind[partition] < (self._consumer.highwater(partition) or 0):
-                why.setdefault(partition.partition, "somebody's transaction is open there")
-        positions = {partition.partition: offset for partition, offset in self._consumer.positions().items()}
+        held = self.consumer.held_up()
+        for partition in held | (self.consumer.behind() if silent else {}):
+            what = "somebody's transaction is open there" if partition in held else "the broker hands out no more"
+            why.setdefault(partition.partition, what)
+        positions = {partition.partition: offset for partition, offset in self.consumer.positions().items()}
         return {
             number: f"partition {number} is judged up to offset {positions.get(number, 0)} only: {reason}"
             for number, reason in sorted(why.items())
         }
 
-    def cleanup_policy(self) -> str | None:
-        """None when Kafka does not tell."""
-        try:
-            return self._consumer.cleanup_policy(self._topic, ANSWER_MS)
-        except KafkaError:
-            return None
-
     def close(self) -> None:
-        self._consumer.close(autocommit=False, timeout_ms=1000)
+        self.consumer.close(autocommit=False, timeout_ms=1000)
 
     def _ready(self) -> bool:
         """The topic is there, and the leaders of its partitions say where they begin."""
         try:
-            if partitions := self._consumer.partitions(self._topic):
-                self._begins = self._consumer.beginning_offsets(partitions, timeout_ms=5 * POLL_MS)
+            if partitions := self.consumer.partitions(self._topic):
+                self._begins = self.consumer.beginning_offsets(partitions, timeout_ms=5 * POLL_MS)
                 return True
-        except AuthorizationError as error:
+        except errors.AuthorizationError as error:
             self._complain(error)
-        except (KafkaTimeoutError, KeyError):
+        except (errors.KafkaTimeoutError, KeyError):
             if self._network.reached:
                 cause = self._network.trouble() or "the leader of a partition does not answer"
                 log.warning("Topic %s cannot be read yet: %s. Trying again", self._topic, cause)
             return False
-        if self._consumer.informed():
+        if self.consumer.informed():
             limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
             if time.monotonic() >= self._began + limit:
                 raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
@@ -206,36 +190,33 @@ class Reader:
 
     def _go_to_end(self) -> None:
         """By the high watermarks: the embedded broker tells the end offsets wrong."""
-        while None in (ends := {partition: self._consumer.highwater(partition) for partition in self._begins}).values():
+        deadline = time.monotonic() + self._settings.connect_timeout_seconds
+        while None in (ends := {partition: self.consumer.highwater(partition) for partition in self._begins}).values():
             self.poll()
             if self._stop.requested:
                 return
+            if time.monotonic() >= deadline:
+                cause = self._network.trouble() or "the leader of a partition does not answer"
+                raise GiveUp(f"Kafka does not tell where topic {self._topic} ends: {cause}")
         self._seek(ends)
         self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
 
-    def _stable_ends(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        """Where the first open transaction begins, else where the partition ends."""
-        try:
-            return dict(self._consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)) if partitions else {}
-        except (KafkaError, KeyError):
-            return dict.fromkeys(partitions, sys.maxsize)
-
     def _seek(self, offsets: dict[TopicPartition, int]) -> None:
         for partition, offset in offsets.items():
-            self._consumer.seek(partition, offset)
+            self.consumer.seek(partition, offset)
 
     def _complain(self, error: Exception) -> None:
-        if isinstance(error, AuthorizationError):
+        if isinstance(error, errors.AuthorizationError):
             raise GiveUp(f"not authorised for topic {self._topic}: grant this user Read and Describe") from None
         log.warning("Reading topic %s fails: %r. Trying again", self._topic, error)
         time.sleep(POLL_MS / 1000)
 
     def _recreated(self) -> bool:
-        there = self._consumer.partitions(self._topic)
-        return bool(there) and self._consumer.identity(self._topic) != self._identity
+        there = self.consumer.partitions(self._topic)
+        return bool(there) and self.consumer.identity(self._topic) != self._identity
 
     def _follow_topic(self) -> None:
-        partitions = self._consumer.partitions(self._topic)
+        partitions = self.consumer.partitions(self._topic)
         if not partitions:
             if not self._gone:
                 log.warning("Topic %s is gone; waiting for it to come back", self._topic)
@@ -250,15 +231,15 @@ class Reader:
         elif self._gone:
             log.info("Topic %s is back", self._topic)
         if again or len(partitions) != known:
-            self._consumer.assign(partitions)
+            self.consumer.assign(partitions)
             self._seek(dict.fromkeys(partitions[0 if again else known :], 0))
             self._audit.counts.append(len(partitions))
-        self._identity, self._gone = self._consumer.identity(self._topic), False
+        self._identity, self._gone = self.consumer.identity(self._topic), False
 
     def _watch_connections(self, now: float) -> None:
         """The client says nothing while Kafka is away."""
         away = 0.0 if self._away_since is None else now - self._away_since
-        if self._consumer.unreached(self._topic):
+        if self.consumer.unreached(self._topic):
             self._away_since = now - away
             if away > AWAY_SECONDS:
                 cause = self._network.trouble() or "a partition's leader is not reached"
@@ -270,21 +251,24 @@ class Reader:
 
     def _recover(self, lost: dict[TopicPartition, int]) -> None:
         """Where we were to read on (partition -> offset) is not in the log any more."""
-        self._consumer.refresh(ANSWER_MS / 1000)
-        partitions = self._consumer.partitions(self._topic)
+        self.consumer.refresh(ANSWER_MS / 1000)
+        partitions = self.consumer.partitions(self._topic)
         if not partitions or self._recreated():
             return  # a new topic: followed at the next look
         try:
-            begins = self._consumer.beginning_offsets(partitions, timeout_ms=ANSWER_MS)
-            ends = self._consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)
+            begins = self.consumer.beginning_offsets(partitions, timeout_ms=ANSWER_MS)
+            ends = self.consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)
         except (KafkaError, KeyError) as error:  # the next poll finds it again
             self._complain(error)
             return
         for partition, offset in lost.items():
-            begin = begins[partition]
-            what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
+            begin, position = begins[partition], self.consumer.positions().get(partition, 0)
             target = max(begin, min(offset, ends[partition]))
-            log.error("Partition %d %s. Reading goes on at offset %d", partition.partition, what, target)
+            if begin <= position <= target:  # it is there: this was about the topic before, or about nothing certain
+                target = position
+            else:
+                what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
+                log.error("Partition %d %s. Reading goes on at offset %d", partition.partition, what, target)
             self._seek({partition: target})
 
 
@@ -398,7 +382,10 @@ class Run:
     def add(self, sequence: int, record: Any, user_id: int | None) -> str:
         """Take in an event; "", "repeated" or "reordered"."""
         self.events += 1
-        self.first, self.last = min(self.first, sequence), max(self.last, sequence)
+        if sequence > self.last:
+            self.last = sequence
+        if sequence < self.first:
+            self.first = sequence
         if not self.mark(sequence, record):
             self.repeated += 1
             return "repeated"
@@ -417,9 +404,10 @@ class Run:
         self._lasts[record.partition] = sequence
         if sequence == 1:
             self._began = record.timestamp
-        if sequence in self._sequences:
+        try:
+            self._sequences.add_checked(sequence)
+        except KeyError:
             return False
-        self._sequences.add(sequence)
         return True
 
     def judged(self, cut: dict[int, int | None], held: Iterable[int]) -> tuple[int, int]:
@@ -436,7 +424,7 @@ class Run:
         return [partition for partition in partitions if partition not in self._firsts]
 
     def count_missing(self, first: int, last: int) -> int:
-        return max(0, last - first + 1) - self._sequences.range_cardinality(first, last + 1)
+        return last - first + 1 - self._sequences.range_cardinality(first, last + 1) if first <= last else 0
 
     def missing(self, first: int, last: int) -> Ranges:
         return gaps(self._sequences, first, last) if self.count_missing(first, last) else []
@@ -552,10 +540,8 @@ class Audit:
             yield f"nothing was read: all records of {_partitions(self.cut)} are deleted"
         for name, run in self.runs.items():
             if not self.compacted and run.holed() and run.judged(self.cut, ())[0] > run.last:
-                yield (
-                    f"run {name} has gaps that cannot be judged: {_partitions(run.absent(self.cut))} was not read from "
-                    "its beginning on, and holds no event of this run"
-                )
+                where = _partitions(run.absent(self.cut))
+                yield f"run {name} has gaps that cannot be judged: it has no event in {where}, not read from the start"
 
     def _place_problem(self, record: Any, user_id: int) -> str:
         if record.key != b"%d" % user_id:
@@ -602,12 +588,12 @@ def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
 
     `enough`: MAX_EVENTS were read, and what is behind them matters only if it fills a gap.
     """
-    policy = reader.cleanup_policy()
+    policy = cleanup_policy(reader, audit.topic)
     audit.compacted = "compact" in (policy or "")
     if missing := audit.missing():
         log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
-    ends, deadline = reader.ends(), time.monotonic() + CLOSING_SECONDS
-    while audit.missing() or (not enough and reader.held_up()):
+    ends, deadline = reader.consumer.ends(), time.monotonic() + CLOSING_SECONDS
+    while audit.missing() or (not enough and reader.unsettled()):
         behind = not reader.reached(ends)
         for record in (records := reader.poll()):
             audit.mark(record)
@@ -618,9 +604,15 @@ def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
     if audit.missing() or not enough:
         audit.held = reader.unread()
     if policy is None and audit.missing():
-        audit.notes.append(
-            "Kafka does not tell (for want of DescribeConfigs?) if the topic is compacted, and loses events"
-        )
+        audit.notes.append(UNKNOWN_POLICY)
+
+
+def cleanup_policy(reader: Reader, topic: str) -> str | None:
+    """None when Kafka does not tell."""
+    try:
+        return reader.consumer.cleanup_policy(topic, ANSWER_MS)
+    except KafkaError:
+        return None
 
 
 def _line(record: Any, problem: str) -> str:
@@ -675,6 +667,8 @@ def audit_topic(script: tool.Script) -> int:
             raise
         log.error("%s", reason)
         gave_up = True
+        if audit.missing():
+            audit.notes.append(f"what is missing may merely not have been read: {reason}")
     finally:
         reader.close()
     if settings.max_events and not audit.runs:

@@ -123,8 +123,7 @@ def test_a_partition_emptied(apache: ApacheKafka, topic: str, audit: Audit) -> N
     assert (code, found["events"], found["ok"]) == (1, 4, False)
     assert found["runs"] == [of_run(last=9, events=4, truncated_before=10)]
     assert found["notes"] == [
-        f"run {RUN} has gaps that cannot be judged: partition 0 was not read from its beginning on, and holds no event "
-        "of this run"
+        f"run {RUN} has gaps that cannot be judged: it has no event in partition 0, not read from the start"
     ]
     people = audit(as_json=False)
     assert people.wait() == 1
@@ -202,6 +201,18 @@ def test_an_open_transaction(apache: ApacheKafka, topic: str, audit: Audit) -> N
         theirs.abort_transaction()
     run = of_run(last=12, events=11, missing=[[4, 4]])
     assert outcome(audit()) == (1, document(topic, 11, cart(11), run, ok=False))
+
+
+def test_an_open_transaction_and_a_deleted_beginning(apache: ApacheKafka, topic: str, audit: Audit) -> None:
+    """Neither end is left to judge by."""
+    users = [user_of(number, 2) for number in (0, 1)]
+    create_topic(apache.bootstrap, topic, 2, config={"retention.ms": "-1"})
+    with open_transaction(apache, topic, 1):
+        write(apache.bootstrap, topic, [record(number, users[number % 2]) for number in range(1, 9)])
+        delete_before(apache.bootstrap, topic, 0, 2)
+        code, found = outcome(audit())
+    run = of_run(first=6, last=8, events=2, truncated_before=6)
+    assert (code, found) == (1, document(topic, 2, cart(2), run, ok=False, notes=[held(1, 0)]))
 
 
 def test_nothing_but_an_open_transaction(apache: ApacheKafka, topic: str, audit: Audit) -> None:

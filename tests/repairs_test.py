@@ -56,8 +56,7 @@ REPAIRS = {
     "_unpack_records": ["audit_field_test.py::test_a_wrong_byte_on_the_way"],
     "_step_over": ["audit_field_test.py::test_a_batch_that_cannot_be_read"],
     "allow_auto_create_topics": ["consumer_test.py::test_no_topic"],
-    "remove_listener": ["consumer_test.py::test_a_user_who_may_not_read"],
-    "held_up": ["audit_field_test.py::test_an_open_transaction_beside_traffic"],
+    "_noting_stable_end": ["audit_field_test.py::test_an_open_transaction_beside_traffic"],
     "cleanup_policy": ["audit_field_test.py::test_a_user_who_may_not_see_the_settings"],
 }
 
