@@ -791,7 +791,7 @@ class _Connection(KafkaConnection):  # type: ignore[misc]
 
 
 client_manager.KafkaTCPTransport, client_manager.KafkaSSLTransport = _TcpTransport, _TlsTransport
-client_manager.create_connection, client_manager.KafkaConnection = _create_connection, _Connection
+client_manager.create_connection = _create_connection
 
 
 class _Manager(client_manager.KafkaConnectionManager):  # type: ignore[misc]
@@ -816,7 +816,9 @@ class _Manager(client_manager.KafkaConnectionManager):  # type: ignore[misc]
 
     def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
         connection = super().get_connection(node_id, *args, **options)
-        connection.manager, connection.at = self, connection.at or self.network.address(node_id)
+        if not isinstance(connection, _Connection):  # a new one; other clients in this process keep their own kind
+            connection.__class__ = _Connection
+            connection.manager, connection.at = self, self.network.address(node_id)
         return connection
 
     def reset_backoff(self, node_id: object) -> None:
