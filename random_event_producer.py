@@ -768,8 +768,8 @@ class _Connection(KafkaConnection):  # type: ignore[misc]
 
     async def initialize(self, timeout_at: float) -> None:
         """As the client's own, and before anything is sent: is this still the cluster, and the topic, that it was?"""
-        cluster, bootstrap = self.manager.cluster, self.manager.cluster.is_bootstrap(self.node_id)
-        poke = self.net.call_later(0.7 * (timeout_at - time.monotonic()), self._end_line if bootstrap else int)
+        cluster = self.manager.cluster
+        poke = self.net.call_later(0.7 * (timeout_at - time.monotonic()), self._end_line)
         try:
             await self._get_api_versions(timeout_at)
             self.net.cancel(poke)
@@ -786,7 +786,7 @@ class _Connection(KafkaConnection):  # type: ignore[misc]
 
     def _end_line(self) -> None:
         """What is no Kafka may wait for the end of a line, and say then what it is."""
-        if self.initializing and self.transport:
+        if self.initializing and self.transport and self.manager.cluster.is_bootstrap(self.node_id):
             self.transport.write(b"\r\n\r\n")
 
 
