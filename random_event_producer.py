@@ -25,8 +25,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
-if __name__ == "__main__":  # a stop while the libraries load: nothing was made, though MAX_EVENTS may have asked for it
+if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
+    # One of our scripts starts. A stop while the libraries load: nothing was made, though MAX_EVENTS may ask for it.
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: os._exit(int(bool(os.environ.get("MAX_EVENTS")))))
 
@@ -46,7 +48,6 @@ import select
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -287,21 +288,20 @@ class Settings(BaseSettings):
             yield "shard_index", f"needed with SHARD_COUNT={self.shard_count}"
         if (self.shard_index or 0) >= self.shard_count:
             yield "shard_index", f"not below SHARD_COUNT={self.shard_count}"
-        for name in ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password"):
-            if protocol.startswith("SASL_") and name not in given:
-                yield name, f"needed with KAFKA_SECURITY_PROTOCOL={protocol}{_secrets_trouble()}"
-            if not protocol.startswith("SASL_") and name in given:
-                yield (
-                    name,
-                    f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set SASL_SSL or SASL_PLAINTEXT, or unset it",
-                )
-        tls = {name for name in given if name.startswith("kafka_ssl_")}
-        if tls and not protocol.endswith("SSL"):
-            use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: unset it, or set SSL or SASL_SSL"
-            yield from ((name, use) for name in sorted(tls))
-        elif "kafka_ssl_keyfile" in tls and "kafka_ssl_certfile" not in tls:
+        tls = sorted(name for name in given if name.startswith("kafka_ssl_"))
+        login = [f"kafka_sasl_{name}" for name in ("mechanism", "username", "password")]
+        for names, word, others in ((login, "SASL", "SASL_SSL or SASL_PLAINTEXT"), (tls, "SSL", "SSL or SASL_SSL")):
+            if word not in protocol:
+                use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set {others}, or unset it"
+                yield from ((name, use) for name in names if name in given)
+        if "SASL" in protocol:
+            need = f"needed with KAFKA_SECURITY_PROTOCOL={protocol}{_secrets_trouble()}"
+            yield from ((name, need) for name in login if name not in given)
+        if "SSL" not in protocol:
+            return
+        if "kafka_ssl_keyfile" in given and "kafka_ssl_certfile" not in given:
             yield "kafka_ssl_keyfile", "a key without its certificate: set KAFKA_SSL_CERTFILE too"
-        elif "kafka_ssl_key_password" in tls and "kafka_ssl_keyfile" not in tls:
+        elif "kafka_ssl_key_password" in given and "kafka_ssl_keyfile" not in given:
             yield "kafka_ssl_key_password", "no use without KAFKA_SSL_KEYFILE"
         else:
             try:
