@@ -1212,6 +1212,14 @@ CAUSES = (  # the first that fits
 )  # fmt: skip
 
 
+PASSING = (  # answers that say no more than "ask again"
+    errors.RequestTimedOutError,
+    errors.NotLeaderForPartitionError,
+    errors.LeaderNotAvailableError,
+    errors.UnknownTopicOrPartitionError,
+)
+
+
 class Network:
     """What the client met last at each address: the one place that knows why Kafka is not reached."""
 
@@ -1221,7 +1229,7 @@ class Network:
         self.held_up: Callable[[], str] = str  # the client's, too
         self.servers = settings.bootstrap_servers
         self._topic, self._rights = settings.kafka_topic, rights
-        self._creation = "and Kafka does not create it"
+        self._creation = f"and {'Kafka' if 'Write' in rights else 'reading'} does not create it"
         self._connected: set[object] = set()  # node ids of brokers
         self._answered: set[str] = set()  # addresses
         self._met: dict[str, tuple[float, bool, str]] = {}  # address -> when, lasting, sentence
@@ -1265,7 +1273,7 @@ class Network:
         """A broker has answered a batch with an error."""
         if isinstance(error, errors.NotEnoughReplicasError | errors.NotEnoughReplicasAfterAppendError):
             self._answer = time.monotonic(), "too few replicas are in sync (min.insync.replicas of the topic)"
-        elif isinstance(error, errors.BrokerResponseError) and not isinstance(error, errors.RequestTimedOutError):
+        elif isinstance(error, errors.BrokerResponseError) and not isinstance(error, PASSING):
             self._answer = time.monotonic(), f"the broker answers {type(error).__name__}"
 
     # -- what is made of it
@@ -1291,8 +1299,11 @@ class Network:
             self.create_no_topic("and this user may not create it")
         if isinstance(error, errors.InvalidTopicError):
             raise GiveUp(f"Kafka refuses the topic name {topic}: set KAFKA_TOPIC")
-        create = f"kafka-topics.sh --bootstrap-server {self.servers[0]} --create --topic {topic}"
-        return f"Topic {topic} does not exist, {self._creation}. Waiting for it; to create it: {create}"
+        return self.topic_does_not_exist()
+
+    def topic_does_not_exist(self) -> str:
+        create = f"kafka-topics.sh --bootstrap-server {self.servers[0]} --create --topic {self._topic}"
+        return f"Topic {self._topic} does not exist, {self._creation}. Waiting for it; to create it: {create}"
 
     @property
     def reached(self) -> bool:
@@ -1449,7 +1460,7 @@ class Watch:
             self._lost_at = self._lost_at or now - max(stalled.values())
             self._most_waiting = max(self._most_waiting, unconfirmed)
             self._cause = find_cause(stalled) or self._cause  # not forgotten in the moment when it ends
-            self._say(stalled, of_all=len(stalled) == len(waits) or -1 in stalled)
+            self._say(stalled, of_all=now - self.progress >= STALLED_SECONDS or -1 in stalled)
         elif self._lost_at and max(self._confirmed_at.values(), default=0) > self._lost_at:
             log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
             self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""

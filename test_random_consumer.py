@@ -185,7 +185,7 @@ class Reader:
             limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
             if time.monotonic() >= self._began + limit:
                 raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
-            log.warning("Topic %s does not exist; waiting for it", self._topic)
+            log.warning("%s", self._network.topic_does_not_exist())
         return False
 
     def _go_to_end(self) -> None:

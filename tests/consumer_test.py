@@ -157,7 +157,7 @@ def test_no_topic(broker: Broker, topic: str, consume: Consume) -> None:
 
 def test_a_topic_that_comes_later(apache: ApacheKafka, topic: str, consume: Consume) -> None:
     script = consume(apache, MAX_EVENTS=1)
-    script.wait_for("does not exist; waiting")
+    script.wait_for("does not exist, .* Waiting")
     make_topic(apache, topic)
     write(apache, topic, 1)
     assert script.wait() == 0
