@@ -5,6 +5,7 @@ Where a fault of a whole cluster is needed to see the defect, the test that does
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import ssl
@@ -16,6 +17,7 @@ from typing import Any
 
 import kafka
 import pytest
+from brokers import free_port, wait_until
 from conftest import ROOT
 from kafka.net import inet, transport
 from kafka.net.selector import NetworkSelector
@@ -40,7 +42,7 @@ REPAIRS = {
     "connection_delay": ["faults_test.py::test_everything_arrives"],
     "reset_backoff": ["security_test.py::test_credentials_are_revoked_and_valid_again"],
     "update_backoff": ["cluster_test.py"],
-    "bootstrap_brokers": ["field_test.py"],
+    "bootstrap_brokers": ["repairs_test.py::test_bootstrap_servers_take_turns"],
     "connection_lost": ["security_test.py::test_bad_combination_ends_with_its_line"],
     "initialize": ["cluster_test.py", "security_test.py::test_bad_combination_ends_with_its_line"],
     "_end_line": ["field_test.py"],
@@ -164,6 +166,25 @@ def test_a_silent_address_of_several(net: NetworkSelector, monkeypatch: pytest.M
         assert connects(kafka.net.manager.create_connection)
         for one in crowd:
             one.close()
+
+
+def test_bootstrap_servers_take_turns() -> None:
+    """One was drawn at random again and again, however often it had failed."""
+    servers = [f"{HOST}:{free_port()}" for _ in range(3)]
+    settings = tool.Settings(kafka_broker=",".join(servers))
+    tried: list[str] = []
+
+    class Network(tool.Network):
+        def closed(self, _node_id: object, at: str, _error: Exception | None, _stage: str) -> None:
+            tried.append(at)
+
+    network = Network(settings)
+    producer = tool.Producer("events", network, **tool.client_options(settings, network), delivery_timeout_ms=math.inf)
+    try:
+        wait_until(lambda: len(tried) >= 9, 10, "nine tries")
+    finally:
+        producer.end(0)
+    assert [sorted(tried[turn : turn + 3]) for turn in (0, 3)] == [sorted(servers)] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
