@@ -972,7 +972,10 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         with state._lock:
             if any(self._sender._in_flight_batches.values()) or state._pending_requests:
                 return False
-            if state.has_in_flight_transactional_request() or state.has_fatal_error():
+            if state.has_in_flight_transactional_request():
+                return False
+            if state.has_fatal_error():  # it shows at the next event that is sent
+                self.changed = False
                 return False
             batches = accumulator._incomplete.all()
             if any(batch.is_done for batch in batches):  # the sender is about to let go of it
@@ -1186,6 +1189,7 @@ NO_KAFKA = "{at} does not speak Kafka's protocol: "
 CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to a trusted one"
 WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
 CAUSES = (  # the first that fits
+    Cause("Authentication|SCRAM|Scram", True, "{at} refuses the login of {user!r}: check user name, password{blanks}"),
     Cause("cannot be resolved", False, "the name {host} cannot be resolved"),
     Cause("ECONNREFUSED", False, "nothing listens at {at}"),
     Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "the network has no way to {at}"),
@@ -1207,7 +1211,6 @@ CAUSES = (  # the first that fits
     Cause("first request: .*disconnected", True, WANTS_LOGIN),
     Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL"),
     Cause("UnsupportedSaslMechanism", True, "{at} has no {mechanism}: set KAFKA_SASL_MECHANISM to one of {offered}"),
-    Cause("Authentication|SCRAM|Scram", True, "{at} refuses the login of {user!r}: check user name, password{blanks}"),
     Cause("", False, "{at} ends the connection ({error})"),
 )  # fmt: skip
 
@@ -2051,8 +2054,10 @@ class Run:
         tally, gave_up = self._tally, False
         try:
             self._send_all()
-        except GiveUp as reason:
-            log.error("%s", reason)
+        except BadConfiguration:
+            raise
+        except Exception as reason:
+            log_reason(reason)
             gave_up = True
         self._summary()
         # An evicted Job has not done its work, though every event that it made is confirmed.
@@ -2199,7 +2204,6 @@ def _rate(per_second: float) -> str:
     return f"{per_second:.4g}/s" if per_second < 1000 else f"{per_second:.0f}/s"
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
 AnyGenerator = TypeVar("AnyGenerator", bound=RandomEventProducer)
 SHARED_FLAGS = {"--help": "show this", "--version": "show the version"}
 
@@ -2212,6 +2216,15 @@ class Script:
     flags: set[str]
     stop: Stop
     console: Console
+
+
+def log_reason(error: Exception) -> None:
+    """Why a run ends. A defect: one line for the user, the traceback for who asks for it."""
+    if isinstance(error, GiveUp):
+        log.error("%s", error)
+        return
+    log.error("Unexpected %s: %s (LOG_LEVEL=DEBUG shows where)", type(error).__name__, error)
+    log.debug("Where:", exc_info=error)
 
 
 def run_script(
@@ -2243,11 +2256,8 @@ def run_script(
     except BadConfiguration as problems:
         console.line(str(problems))
         return 2
-    except GiveUp as reason:
-        log.error("%s", reason)
-    except Exception as error:  # a defect: one line for the user, the traceback for who asks for it
-        log.error("Unexpected %s: %s (LOG_LEVEL=DEBUG shows where)", type(error).__name__, error)
-        log.debug("Where:", exc_info=True)
+    except Exception as reason:
+        log_reason(reason)
     finally:
         console.close()
     return 1

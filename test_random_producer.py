@@ -29,6 +29,7 @@ from random_event_producer import (
     GiveUp,
     RandomEventProducer,
     Script,
+    Seconds,
     Settings,
     Tally,
     log,
@@ -40,7 +41,9 @@ from random_event_producer import (
 
 class SampleSettings(Settings):
     max_events: int = setting(10, "how many events to send", "a whole number from 1 up", ge=1)
-    connect_timeout_seconds: float = setting(30, "give up when Kafka is not reached in time", "a number above 0", gt=0)
+    connect_timeout_seconds: Seconds = setting(
+        30, "give up when Kafka is not reached in time", "a number above 0", gt=0
+    )
 
 
 def samples(generator: RandomEventProducer, count: int) -> Iterator[Event]:
