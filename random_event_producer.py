@@ -27,10 +27,15 @@ import os
 import signal
 import sys
 
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts it with an older one is told so)
+    print("Python 3.11 or later is needed", file=sys.stderr)
+    raise SystemExit(2)
+
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
-    # One of our scripts starts. A stop while the libraries load: nothing was made, though MAX_EVENTS may ask for it.
+    # One of our scripts starts. A stop while the libraries load: nothing was made or judged, which may be a failure.
+    failure = bool(os.environ.get("MAX_EVENTS")) or os.path.basename(sys.argv[0]).startswith("test_")
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop_signal, lambda *_: os._exit(int(bool(os.environ.get("MAX_EVENTS")))))
+        signal.signal(stop_signal, lambda *_: os._exit(int(failure)))
 
 import contextlib
 import ctypes
@@ -1264,7 +1269,8 @@ class Network:
             start = int(frame[1]).to_bytes(4, "big", signed=True)
             text = "starts with TLS" if start[:2] == b"\x15\x03" else f"starts with {start.decode('latin-1')!r}"
         cause = next(cause for cause in CAUSES if re.search(cause.words, text))
-        sentence = cause.meaning.format(at=at, host=at.rpartition(":")[0], error=text, **self._words)
+        said = text.replace("KafkaConnectionError: ", "")
+        sentence = cause.meaning.format(at=at, host=at.rpartition(":")[0], error=said, **self._words)
         if at not in self._answered and at not in self.servers:
             sentence = f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
         self._met[at] = time.monotonic(), cause.lasting, sentence

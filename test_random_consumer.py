@@ -662,6 +662,8 @@ def audit_topic(script: tool.Script) -> int:
         if reader.open():
             read(reader, audit, settings, stop, show=not as_json)
             read_on(reader, audit, enough=audit.events >= (settings.max_events or sys.maxsize))
+        else:
+            audit.notes.append("nothing was read: a stop came before the topic was reached")
     except GiveUp as reason:
         if not audit.events:
             raise
