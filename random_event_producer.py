@@ -955,7 +955,8 @@ class Producer(KafkaProducer):  # type: ignore[misc]
             partitions = cluster.partitions_for_topic(self._topic)
             if not partitions:
                 return
-            topic = cluster.cluster_id, cluster.topic_id(self._topic) or None  # no id before Kafka 2.8
+            topic_id = cluster.topic_id(self._topic)
+            topic = cluster.cluster_id, topic_id if topic_id and topic_id.int else None  # no id before Kafka 2.8
             another = bool(self._topics_seen and topic not in self._topics_seen)
             if len(partitions) < self._partition_count or (another and None not in topic):
                 self.changed = True
