@@ -1560,7 +1560,7 @@ class Delivery:
             while waiting:
                 event = waiting[0]
                 partition = key_hash(event.key) % partitions
-                headers = [("event_id", f"{event.run}:{event.sequence}".encode())]
+                headers = [("event_id", event.event_id.encode())]
                 try:
                     future = producer.send(topic, event.value, event.key, headers, partition, event.timestamp_ms)
                 except errors.MessageSizeTooLargeError as error:  # the client's own limit
@@ -1580,9 +1580,9 @@ class Delivery:
         dead = self._collect()
         if self._waiting:
             self.send()
-        now = time.monotonic()
-        self._tally.unconfirmed, self._tally.turned_at = self.unconfirmed, now
-        self._watch.look(self._waits(), self.unconfirmed, self._find_cause)
+        now, unconfirmed = time.monotonic(), self.unconfirmed
+        self._tally.unconfirmed, self._tally.turned_at = unconfirmed, now
+        self._watch.look(self._waits(), unconfirmed, self._find_cause)
         if dead and not self._stop.asked(STOP_GRACE_SECONDS):
             raise GiveUp(f"Kafka refuses this producer: {_hint(dead)}")
         if self._refused >= REFUSED_IN_A_ROW and now - self._watch.progress >= REFUSED_SECONDS:
@@ -1856,15 +1856,20 @@ class _Handler(logging.Handler):
         text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
         self.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """A log call that is wrong, in its filters too, is its author's defect, and no reason to end a run."""
+        try:
+            return bool(super().handle(record))
+        except Exception as error:
+            wrong = "A log call has failed: %s in %r"
+            self._console.line(self.format(_note(logging.ERROR, wrong, error, str(record.msg))))
+            return False
+
     def emit(self, record: logging.LogRecord) -> None:
         if dropped := self._console.dropped():
             lost = "%d log lines were dropped: standard error did not take them"
             self._console.line(self.format(_note(logging.WARNING, lost, dropped)), dropped)
-        try:
-            self._console.line(self.format(record))
-        except Exception as error:  # its author's defect, and no reason to end a run
-            wrong = "A log call has failed: %s in %r"
-            self._console.line(self.format(_note(logging.ERROR, wrong, error, str(record.msg))))
+        self._console.line(self.format(record))
 
 
 def _note(level: int, message: str, *args: object) -> logging.LogRecord:
@@ -1897,8 +1902,9 @@ def _calm(record: logging.LogRecord) -> bool:
 def start_logging(settings: Settings, console: Console) -> None:
     """Ours at LOG_LEVEL; the Kafka client's own lines, as many and as alarming as they are, only at DEBUG."""
     ours, clients, client = _Handler(console, settings), _Handler(console, settings), logging.getLogger("kafka")
-    log.handlers, log.filters, log.propagate = [ours], [_NotTooOften()], False
+    log.handlers, log.propagate = [ours], False
     log.setLevel(settings.log_level)
+    ours.addFilter(_NotTooOften())
     clients.addFilter(_calm)
     debug = settings.log_level == "DEBUG"
     client.handlers, client.propagate = [clients if debug else logging.NullHandler()], False

@@ -232,17 +232,18 @@ class Broken:
     def __str__(self): raise RuntimeError("no text")
 class Talkative(tool.RandomEventProducer):
     def _generate_metadata(self, event_type):
-        tool.log.info({call})
+        tool.log.{level}({call})
         return super()._generate_metadata(event_type)
 raise SystemExit(tool.main(Talkative))
 """
 
 
+@pytest.mark.parametrize("level", ["info", "warning"])
 @pytest.mark.parametrize("call", ['"%d", "x"', '"%s and %s", 1', '"%s", Broken()'], ids=["type", "count", "str"])
 def test_a_log_call_that_fails_stops_nothing(
-    run_script: RunScript, kafka: dict[str, Any], tmp_path: Path, call: str
+    run_script: RunScript, kafka: dict[str, Any], tmp_path: Path, call: str, level: str
 ) -> None:
-    (tmp_path / "talkative.py").write_text(FAILING.replace("{call}", call))
+    (tmp_path / "talkative.py").write_text(FAILING.replace("{call}", call).replace("{level}", level))
     script = run_script(str(tmp_path / "talkative.py"), PYTHONPATH=ROOT, MAX_EVENTS=10, **kafka)
     assert script.wait() == 0, script.tail()
     stopped(script, sent=10)
