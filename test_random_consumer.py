@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "kafka-python[crc32c]==3.0.12",
-#   "pydantic-settings==2.16.3",
+#   "pydantic==2.14.4",
+#   "python-dotenv==1.2.4",
 #   "orjson==3.13.0",
 #   "prometheus-client==0.26.0",
 #   "tqdm==4.70.1",
@@ -14,7 +15,9 @@
 #   "pyroaring==1.2.0",
 # ]
 # ///
-"""Read the topic, show every event, and audit what was delivered: missing, repeated, reordered, misplaced, invalid.
+from __future__ import annotations
+
+__doc__ = """Read the topic, show every event, and say what is missing, repeated, reordered, misplaced or invalid.
 
 Reads without a consumer group and leaves nothing on the broker. Ends at Ctrl+C, after MAX_EVENTS, or after
 TIMEOUT_SECONDS without a new event. Exit code 0 when all is well, 1 when not (or when something could not be judged, or
@@ -23,10 +26,9 @@ fewer than MAX_EVENTS came), 2 for bad settings.
 
 # In the order of a record: settings -> reading -> the event -> audit -> the report.
 
-from __future__ import annotations
-
 import functools
 import itertools
+import os
 import re
 import sys
 import time
@@ -42,20 +44,26 @@ except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
 
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
+
 import random_event_producer as tool
 from random_event_producer import GiveUp, Stop, key_hash, log, setting
 
 import orjson
-from kafka import TopicPartition, errors
+from kafka import KafkaConsumer, TopicPartition, errors
+from kafka.admin import ConfigResource, KafkaAdminClient
+from kafka.consumer.fetcher import Fetcher
 from kafka.errors import KafkaError
 from pydantic import Field
 
 BATCH = 1000  # records between two looks at signals
 POLL_MS = 100
+READY_SECONDS = 3.0  # for each partition to have a leader; then the others are read
 LOOK_SECONDS = 0.2  # between two looks at the topic and the connections
 AWAY_SECONDS = 1.0  # without a connection: Kafka counts as away
 SILENT_SECONDS = 1.0  # without a record: a partition that has more is not read on for a reason
-ANSWER_MS = 2000  # for Kafka to answer a question about the topic
+ANSWER_MS = 10_000  # for Kafka to answer a question about the topic
+READ_TRIES = 5  # of what cannot be unpacked, and may have come to harm on its way
 TOTAL_SECONDS = 3.0  # between two lines about how many were read
 CLOSING_SECONDS = 3.0  # at the end, for events that are still on their way
 CREATE_TIME = 0  # a record's timestamp_type when the producer has set its time
@@ -77,6 +85,78 @@ class ConsumerSettings(tool.Settings):
     start: Start = setting("earliest", "where in the topic to begin", "earliest or latest")
 
 
+# ------------------------------------------------------------------------------------- kafka-python, repaired
+# What reaches into the consumer's private parts (3.0.12); the tool has a section of this name for the connections.
+
+
+class UnreadableError(Exception):
+    """What the broker has sent of a partition, from offset `first` to before `end`, cannot be unpacked."""
+
+    def __init__(self, partition: TopicPartition, first: int, end: int, cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {cause}")
+        self.partition, self.first, self.end = partition, first, end
+
+
+class _Batches:
+    """The batches of an answer, and the one that was unpacked last."""
+
+    def __init__(self, records: Any) -> None:
+        self.last: Any = None
+        self._records = records
+
+    def next_batch(self) -> Any:
+        self.last = self._records.next_batch()
+        return self.last
+
+
+class _PartitionRecords(Fetcher.PartitionRecords):
+    def _unpack_records(self, partition: TopicPartition, records: Any, *deserializers: Any) -> Iterator[Any]:
+        """An exception left a dead iterator behind, which poll() asked again and again, deaf to every signal."""
+        batches = _Batches(records)
+        try:
+            yield from super()._unpack_records(partition, batches, *deserializers)
+        except Exception as error:
+            self.drain()
+            first = max(self.fetch_offset, self.next_fetch_offset)
+            end = max(first + 1, getattr(batches.last, "next_offset", 0))  # a batch that cannot be told has none
+            raise UnreadableError(partition, first, end, error) from error
+
+
+class Consumer(KafkaConsumer):
+    """A consumer without a group that knows how far each partition is read, and what holds it up."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._fetcher.PartitionRecords = _PartitionRecords
+        self._parse, self._fetcher._parse_fetched_data = self._fetcher._parse_fetched_data, self._noting_stable_end
+        self._stable_ends: dict[TopicPartition, int] = {}
+
+    def _noting_stable_end(self, answer: Any) -> Any:
+        """An answer says where the first open transaction begins (-1: nothing); the client did not keep that."""
+        self._stable_ends[answer.topic_partition] = answer.partition_data.last_stable_offset
+        return self._parse(answer)
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """Where each partition is read to; position() asks the broker, and waits for it."""
+        assigned = dict(self._subscription.assignment)
+        return {partition: state.position.offset for partition, state in assigned.items() if state.position}
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Where each partition ends, as the last answer said; where none has come yet, for ever further on."""
+        known = {partition: self.highwater(partition) for partition in self.positions()}
+        return {partition: sys.maxsize if end is None else end for partition, end in known.items()}
+
+    def behind(self) -> dict[TopicPartition, int]:
+        """The partitions not read to their end, and where they are read to."""
+        ends = self.ends()
+        return {partition: offset for partition, offset in self.positions().items() if offset < ends[partition]}
+
+    def held_up(self) -> dict[TopicPartition, int]:
+        """Those behind, read to where an open transaction begins: nothing more is handed out."""
+        stable = self._stable_ends
+        return {at: offset for at, offset in self.behind().items() if 0 <= stable.get(at, -1) <= offset}
+
+
 # ------------------------------------------------------------------------------------------------------- reading
 
 
@@ -86,16 +166,20 @@ class Reader:
     def __init__(self, settings: ConsumerSettings, stop: Stop, audit: Audit) -> None:
         self._settings, self._stop, self._audit = settings, stop, audit
         self._topic, self._began = settings.kafka_topic, time.monotonic()
-        self._network = tool.Network(settings, "Read and Describe")
-        self.consumer = tool.Consumer(
+        self._network = tool.Network(settings, writes=False)
+        self.consumer = Consumer(
             **tool.client_options(settings, self._network),
             auto_offset_reset="none",
             enable_auto_commit=False,
-            allow_auto_create_topics=False,
             isolation_level="read_committed",
         )
-        self.consumer.on_unreadable = audit.note_unreadable
+        self._cluster = self._network.cluster  # the client's picture of it; asks nobody
+        self._unreadable: Counter[tuple[TopicPartition, int]] = Counter()  # partition and offset -> tries
         self._begins: dict[TopicPartition, int] = {}
+        self._leaderless: list[TopicPartition] = []
+        self._question: tool.Question | None = None  # where the partitions begin
+        self._read_to: dict[TopicPartition, int] = {}  # what was handed out, up to before there
+        self._left_at: dict[object, dict[TopicPartition, int]] = {}  # the same of topics that were left for another
         self._identity: object = None  # of the topic that is read
         self._gone = False
         self._next_look = self._news_at = 0.0
@@ -103,10 +187,10 @@ class Reader:
 
     def open(self) -> bool:
         """Wait for Kafka and the topic, go to the start. False when a stop is asked for. Raises GiveUp."""
-        self.consumer.follow(self._topic)
+        self._cluster.set_topics([self._topic])
         if not tool.await_topic(self._ready, self._network, self._settings, self._stop.asked, self._began):
             return False
-        self._identity = self.consumer.identity(self._topic)
+        self._identity = self._identity_now()
         self._audit.counts.append(len(self._begins))
         self.consumer.assign(list(self._begins))
         self._seek(self._begins)
@@ -127,6 +211,7 @@ class Reader:
             batches = self.consumer.poll(timeout_ms=POLL_MS, max_records=min(most, BATCH))
             if batches and not self._recreated():
                 self._news_at = now
+                self._read_to |= {partition: records[-1].offset + 1 for partition, records in batches.items()}
                 return [record for batch in batches.values() for record in batch]
             if batches:  # read of the new topic, from where the old one was read to
                 self._next_look = 0.0
@@ -134,6 +219,8 @@ class Reader:
             lost = {partition: at.offset if at else sys.maxsize for partition, at in error.divergent_offsets.items()}
         except errors.OffsetOutOfRangeError as error:
             lost = error.args[0]
+        except UnreadableError as error:
+            self._read_again(error)
         except KafkaError as error:
             self._complain(error)
         if lost:
@@ -149,15 +236,20 @@ class Reader:
         """Whether a transaction is open somewhere, or a partition has not been heard of yet."""
         return bool(self.consumer.held_up()) or sys.maxsize in self.consumer.ends().values()
 
+    def throttled(self) -> bool:
+        """Whether a quota slows the reading down."""
+        return self._network.throttled()
+
     def unread(self) -> dict[int, str]:
         """The partitions that were not read to their end, though they could have been, and why."""
-        cause = self._network.trouble() or "it is not connected"
-        away = self.consumer.unreached(self._topic) if self._away_since is not None else ()
+        away = self._unreached() if self._away_since is not None else set()
+        cause = self._network.leaderless(away) or self._network.recent_cause() or "it is not connected"
         why = dict.fromkeys(away, f"its leader is not reached ({cause})")
         silent = time.monotonic() - self._news_at >= SILENT_SECONDS  # else there was no time to read on
         held = self.consumer.held_up()
-        for partition in held | (self.consumer.behind() if silent else {}):
-            what = "somebody's transaction is open there" if partition in held else "the broker hands out no more"
+        for partition in held | (self.consumer.behind() if silent or self._network.throttled() else {}):
+            slow = self._network.slow() or "the broker hands out no more"
+            what = "somebody's transaction is open there" if partition in held else slow
             why.setdefault(partition.partition, what)
         positions = {partition.partition: offset for partition, offset in self.consumer.positions().items()}
         return {
@@ -168,24 +260,58 @@ class Reader:
     def close(self) -> None:
         self.consumer.close(autocommit=False, timeout_ms=1000)
 
+    # -- the topic, as the client knows it
+
+    def _partitions(self) -> list[TopicPartition]:
+        """In order; none while the topic is not known. Raises TopicAuthorizationFailedError."""
+        if self._topic in self._cluster.unauthorized_topics:
+            raise errors.TopicAuthorizationFailedError(self._topic)
+        numbers = self._cluster.partitions_for_topic(self._topic) or ()
+        return [TopicPartition(self._topic, number) for number in sorted(numbers)]
+
+    def _identity_now(self) -> tuple[object, object]:
+        """The ids of cluster and topic: another one is another topic, whatever its name (None before Kafka 2.8)."""
+        return self._cluster.cluster_id, self._cluster.topic_id(self._topic)
+
+    def _unreached(self) -> set[int]:
+        """The partitions without a connection to their leader."""
+        return self._network.unreached(self._cluster.partitions_for_topic(self._topic) or ())
+
+    # --
+
     def _ready(self) -> bool:
         """The topic is there, and the leaders of its partitions say where they begin."""
         try:
-            if partitions := self.consumer.partitions(self._topic):
-                self._begins = self.consumer.beginning_offsets(partitions, timeout_ms=5 * POLL_MS)
-                return True
+            partitions = self._partitions()
         except errors.AuthorizationError as error:
             self._complain(error)
-        except (errors.KafkaTimeoutError, KeyError):
-            if self._network.reached:
-                cause = self._network.trouble() or "the leader of a partition does not answer"
-                log.warning("Topic %s cannot be read yet: %s. Trying again", self._topic, cause)
-            return False
-        if self.consumer.informed():
+        if partitions:
+            return self._ask_where_they_begin(partitions)
+        if self._cluster.brokers():  # a broker has said what there is
             limit = min(self._settings.connect_timeout_seconds, self._settings.timeout_seconds or sys.maxsize)
             if time.monotonic() >= self._began + limit:
                 raise GiveUp(f"topic {self._topic} does not exist after {limit:g} s: create it, or set KAFKA_TOPIC")
             log.warning("%s", self._network.topic_does_not_exist())
+        return False
+
+    def _ask_where_they_begin(self, partitions: list[TopicPartition]) -> bool:
+        """A partition without a leader is waited for for a moment; then it is read if it gets one."""
+        led = [at for at in partitions if self._cluster.leader_for_partition(at) not in (None, -1)]
+        self._leaderless = [at for at in partitions if at not in led]
+        if self._leaderless and time.monotonic() < self._began + READY_SECONDS:
+            return False
+        if self._question is None:
+            timeout = 1000 * tool.REQUEST_SECONDS
+            self._question = tool.Question(lambda: self.consumer.beginning_offsets(led, timeout_ms=timeout))
+        if not self._question.answered:
+            return False
+        try:
+            self._begins = {**dict.fromkeys(partitions, 0), **self._question.wait(self._stop.asked)}
+            return True
+        except errors.AuthorizationError as error:
+            self._complain(error)
+        except (KafkaError, KeyError):  # the topic has changed in between
+            self._question = None
         return False
 
     def _go_to_end(self) -> None:
@@ -196,7 +322,7 @@ class Reader:
             if self._stop.requested:
                 return
             if time.monotonic() >= deadline:
-                cause = self._network.trouble() or "the leader of a partition does not answer"
+                cause = self._network.recent_cause() or "the leader of a partition does not answer"
                 raise GiveUp(f"Kafka does not tell where topic {self._topic} ends: {cause}")
         self._seek(ends)
         self._audit.cut = dict.fromkeys((partition.partition for partition in ends), time.time_ns() // 1_000_000)
@@ -212,11 +338,10 @@ class Reader:
         time.sleep(POLL_MS / 1000)
 
     def _recreated(self) -> bool:
-        there = self.consumer.partitions(self._topic)
-        return bool(there) and self.consumer.identity(self._topic) != self._identity
+        return bool(self._partitions()) and self._identity_now() != self._identity
 
     def _follow_topic(self) -> None:
-        partitions = self.consumer.partitions(self._topic)
+        partitions = self._partitions()
         if not partitions:
             if not self._gone:
                 log.warning("Topic %s is gone; waiting for it to come back", self._topic)
@@ -225,46 +350,73 @@ class Reader:
         known = self._audit.counts[-1]
         again = self._recreated() or len(partitions) < known
         if again:
-            log.warning("Topic %s was deleted and created again: starting over at its beginning", self._topic)
+            self._left_at[self._identity] = self._read_to
+            self._read_to = self._left_at.get(self._identity_now(), {})
+            where = "where it was read to" if self._read_to else "its beginning"
+            log.warning("Topic %s is another one, or was made again: reading on at %s", self._topic, where)
         elif len(partitions) != known:
             log.info("Topic %s has %d partitions now", self._topic, len(partitions))
         elif self._gone:
             log.info("Topic %s is back", self._topic)
         if again or len(partitions) != known:
             self.consumer.assign(partitions)
-            self._seek(dict.fromkeys(partitions[0 if again else known :], 0))
+            self._seek(
+                {partition: self._read_to.get(partition, 0) for partition in partitions[0 if again else known :]}
+            )
             self._audit.counts.append(len(partitions))
-        self._identity, self._gone = self.consumer.identity(self._topic), False
+        self._identity, self._gone = self._identity_now(), False
 
     def _watch_connections(self, now: float) -> None:
         """The client says nothing while Kafka is away."""
         away = 0.0 if self._away_since is None else now - self._away_since
-        if self.consumer.unreached(self._topic):
+        if unreached := self._unreached():
             self._away_since = now - away
             if away > AWAY_SECONDS:
-                cause = self._network.trouble() or "a partition's leader is not reached"
-                log.warning("Kafka is away: %s. Reading goes on when it is back", cause)
+                leaderless = self._network.leaderless(unreached)
+                cause = leaderless or self._network.recent_cause() or "a partition's leader is not reached"
+                who = f"{tool.partitions_text(unreached)} cannot be read" if leaderless else "Kafka is away"
+                log.warning("%s: %s. Reading goes on when it is back", who, cause)
         elif self._away_since is not None:
             if away > AWAY_SECONDS:
                 log.info("Kafka is back after %.1f s", away)
             self._away_since = None
+        elif slow := self._network.slow():
+            log.warning("Reading is slow: %s", slow)
+
+    def _read_again(self, error: UnreadableError) -> None:
+        """What cannot be unpacked is read again, and after some tries stepped over."""
+        place = error.partition, error.first
+        self._unreadable[place] += 1
+        if self._unreadable[place] < READ_TRIES:
+            return
+        self._unreadable.clear()
+        end = min(error.end, max(error.first + 1, self.consumer.highwater(error.partition) or error.end))
+        self._seek({error.partition: end})
+        self._audit.note_unreadable(error.partition.partition, error.first, end - 1, str(error))
 
     def _recover(self, lost: dict[TopicPartition, int]) -> None:
         """Where we were to read on (partition -> offset) is not in the log any more."""
-        self.consumer.refresh(ANSWER_MS / 1000)
-        partitions = self.consumer.partitions(self._topic)
+        asked, deadline = self._cluster.request_update(), time.monotonic() + ANSWER_MS / 1000
+        while not asked.is_done and time.monotonic() < deadline:
+            time.sleep(0.01)
+        partitions = self._partitions()
         if not partitions or self._recreated():
             return  # a new topic: followed at the next look
+        asks = (self.consumer.beginning_offsets, self.consumer.end_offsets)
+        question = tool.Question(lambda: [ask(partitions, timeout_ms=ANSWER_MS) for ask in asks])
         try:
-            begins = self.consumer.beginning_offsets(partitions, timeout_ms=ANSWER_MS)
-            ends = self.consumer.end_offsets(partitions, timeout_ms=ANSWER_MS)
+            begins, ends = question.wait(self._stop.asked) or ({}, {})
         except (KafkaError, KeyError) as error:  # the next poll finds it again
             self._complain(error)
+            return
+        if not begins:
             return
         for partition, offset in lost.items():
             begin, position = begins[partition], self.consumer.positions().get(partition, 0)
             target = max(begin, min(offset, ends[partition]))
-            if begin <= position <= target:  # it is there: this was about the topic before, or about nothing certain
+            if partition in self._leaderless and position == 0:  # it was not there to say where it begins
+                self._audit.cut[partition.partition] = None
+            elif begin <= position <= target:  # it is there: this was about the topic before, or about nothing certain
                 target = position
             else:
                 what = "has lost records it had" if offset >= begin else f"now begins at {begin}: this was too slow"
@@ -583,12 +735,12 @@ def read(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop, s
             break
 
 
-def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
+def read_on(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop, enough: bool) -> None:
     """Partitions are read up to different points: look on for what was merely not read yet, or is on its way.
 
     `enough`: MAX_EVENTS were read, and what is behind them matters only if it fills a gap.
     """
-    policy = cleanup_policy(reader, audit.topic)
+    policy = tool.Question(lambda: cleanup_policy(settings)).wait(stop.asked)
     audit.compacted = "compact" in (policy or "")
     if missing := audit.missing():
         log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
@@ -597,7 +749,7 @@ def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
         behind = not reader.reached(ends)
         for record in (records := reader.poll()):
             audit.mark(record)
-        if behind and records:
+        if behind and records and not reader.throttled():
             deadline = time.monotonic() + CLOSING_SECONDS
         elif time.monotonic() > deadline:
             break
@@ -607,12 +759,16 @@ def read_on(reader: Reader, audit: Audit, enough: bool) -> None:
         audit.notes.append(UNKNOWN_POLICY)
 
 
-def cleanup_policy(reader: Reader, topic: str) -> str | None:
-    """None when Kafka does not tell."""
+def cleanup_policy(settings: ConsumerSettings) -> str | None:
+    """The topic's; None when Kafka does not tell, which to this user may mean a topic without settings."""
+    client = tool.client_options(settings) | {"bootstrap_timeout_ms": ANSWER_MS, "request_timeout_ms": ANSWER_MS}
     try:
-        return reader.consumer.cleanup_policy(topic, ANSWER_MS)
+        with KafkaAdminClient(**client) as admin:
+            told = admin.describe_configs([ConfigResource("TOPIC", settings.kafka_topic)], config_filter="all")
     except KafkaError:
         return None
+    options = told["topic"][settings.kafka_topic]
+    return str(options.get("cleanup.policy", {}).get("value")) if options else None  # none at all: a refusal
 
 
 def _line(record: Any, problem: str) -> str:
@@ -661,25 +817,22 @@ def audit_topic(script: tool.Script) -> int:
     try:
         if reader.open():
             read(reader, audit, settings, stop, show=not as_json)
-            read_on(reader, audit, enough=audit.events >= (settings.max_events or sys.maxsize))
+            read_on(reader, audit, settings, stop, enough=audit.events >= (settings.max_events or sys.maxsize))
         else:
             audit.notes.append("nothing was read: a stop came before the topic was reached")
     except GiveUp as reason:
-        if not audit.events:
-            raise
         log.error("%s", reason)
         gave_up = True
-        if audit.missing():
-            audit.notes.append(f"what is missing may merely not have been read: {reason}")
+        audit.notes.append(f"the audit ended early: {reason}")
     finally:
         reader.close()
-    if settings.max_events and not audit.runs:
+    if not audit.runs and not audit.notes:
         audit.notes.append("no event of a run (with an event_id) was read, so nothing was judged")
     report = audit.report()
-    tool.show(orjson.dumps(report) if as_json else summary(report, audit), stop)
+    tool.show(orjson.dumps(report).decode() if as_json else summary(report, audit), stop)
     return int(gave_up or not report["ok"] or audit.events < (settings.max_events or 0))
 
 
 if __name__ == "__main__":
     flags = {"--json": "print the audit only, as one JSON document; all else goes to standard error"}
-    raise SystemExit(tool.run_script(str(__doc__), ConsumerSettings, audit_topic, flags))
+    raise SystemExit(tool.run_script(__doc__, ConsumerSettings, audit_topic, flags))

@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "kafka-python[crc32c]==3.0.12",
-#   "pydantic-settings==2.16.3",
+#   "pydantic==2.14.4",
+#   "python-dotenv==1.2.4",
 #   "orjson==3.13.0",
 #   "prometheus-client==0.26.0",
 #   "tqdm==4.70.1",
@@ -12,15 +13,19 @@
 #   "zstandard==0.25.0",
 # ]
 # ///
-"""Send a few sample events to the topic, at least one of each type, and say where each one went.
+from __future__ import annotations
+
+__doc__ = """Send a few sample events to the topic, at least one of each type, and say where each one went.
 
 10 events, or MAX_EVENTS. Exit code 0 when Kafka has confirmed all of them, 1 when not, 2 for bad settings.
 """
 
-from __future__ import annotations
-
+import os
+import sys
 import time
 from collections.abc import Iterator
+
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
 
 from random_event_producer import (
     BadConfiguration,
@@ -80,4 +85,4 @@ def send_samples(script: Script) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(str(__doc__), SampleSettings, send_samples))
+    raise SystemExit(run_script(__doc__, SampleSettings, send_samples))

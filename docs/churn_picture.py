@@ -4,7 +4,8 @@
 # dependencies = [
 #   "matplotlib==3.11.2",
 #   "kafka-python[crc32c]==3.0.12",
-#   "pydantic-settings==2.16.3",
+#   "pydantic==2.14.4",
+#   "python-dotenv==1.2.4",
 #   "orjson==3.13.0",
 #   "prometheus-client==0.26.0",
 #   "tqdm==4.70.1",

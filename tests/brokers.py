@@ -217,7 +217,8 @@ class ApacheKafka(_Broker):
     protocol), at `address(name)`. Settings for one listener go into `properties` as Kafka writes
     them: `listener.name.mtls.ssl.client.auth=required`. Every one of `users` (name -> password) may log
     in by PLAIN and SCRAM wherever the protocol has SASL. With an authorizer among `properties`,
-    whoever comes without a name (PLAINTEXT, INTERNAL) is a super user.
+    whoever comes without a name (PLAINTEXT, INTERNAL) is a super user. With `controller` the nodes are brokers only,
+    and the cluster has one controller, a JVM of its own.
     """
 
     def __init__(
@@ -229,6 +230,7 @@ class ApacheKafka(_Broker):
         *,
         users: Mapping[str, str] | None = None,
         certificates: Certificates | None = None,
+        controller: bool = False,
     ) -> None:
         self.folder = folder
         self.users = dict(users or {})
@@ -237,6 +239,8 @@ class ApacheKafka(_Broker):
         self._cluster = _cluster_id()
         self._jars = ""
         self._nodes = [self._new_node(index) for index in range(nodes)]
+        self._controllers = [self._new_node(nodes)] if controller else self._nodes
+        self._all = [*self._nodes, *(self._controllers if controller else ())]
 
     def _new_node(self, index: int) -> _Node:
         ports = {name: free_port() for name in ("CONTROLLER", *self.protocols)}
@@ -278,7 +282,7 @@ class ApacheKafka(_Broker):
     def wipe(self) -> None:
         """All data gone; at the next start it is another cluster. While all nodes are stopped."""
         self._cluster = _cluster_id()
-        for node in self._nodes:
+        for node in self._all:
             shutil.rmtree(node.folder / "data")
 
     def lose_tail(self, topic: str, share: float, node: int = 0) -> None:
@@ -307,8 +311,8 @@ class ApacheKafka(_Broker):
     def start(self, timeout: float = 90) -> None:
         """All nodes, until each answers and sees all others. RuntimeError with the log's tail otherwise."""
         self._jars = self._jars or apache_jars()
-        self._format([node for node in self._nodes if not node.formatted])
-        for node in self._nodes:
+        self._format([node for node in self._all if not node.formatted])
+        for node in self._all:
             self._launch(node)
         for node in self._nodes:
             self._await(node, len(self._nodes), timeout)
@@ -343,19 +347,34 @@ class ApacheKafka(_Broker):
     def thaw(self, node: int = 0) -> None:
         self._signal(self._nodes[node], signal.SIGCONT)
 
+    def freeze_controller(self) -> None:
+        """The one of its own: brokers serve on, but for what they must ask it (a new producer id)."""
+        self._signal(self._controllers[0], signal.SIGSTOP)
+
+    def thaw_controller(self) -> None:
+        self._signal(self._controllers[0], signal.SIGCONT)
+
     def limit_producers(self, bytes_per_second: int | None) -> None:
-        """A quota for everybody together; None takes it away. (Kafka's own tool: the Python client knows no quotas.)"""
-        change = ("--delete-config", "producer_byte_rate")
+        """A quota for everybody together; None takes it away."""
+        self._limit("producer_byte_rate", bytes_per_second)
+
+    def limit_consumers(self, bytes_per_second: int | None) -> None:
+        """As limit_producers."""
+        self._limit("consumer_byte_rate", bytes_per_second)
+
+    def _limit(self, rate: str, bytes_per_second: int | None) -> None:
+        """By Kafka's own tool: the Python client knows no quotas."""
+        change = ("--delete-config", rate)
         if bytes_per_second is not None:
-            change = ("--add-config", f"producer_byte_rate={bytes_per_second}")
+            change = ("--add-config", f"{rate}={bytes_per_second}")
         where = ("--bootstrap-server", self.direct, "--entity-type", "clients", "--entity-default", "--alter")
         subprocess.run(self._command("kafka.admin.ConfigCommand", *where, *change), check=True, capture_output=True)
 
     def close(self) -> None:
         """At once: nobody needs the data any more."""
-        for node in self._nodes:
+        for node in self._all:
             self._signal(node, signal.SIGKILL)
-        for node in self._nodes:
+        for node in self._all:
             self._end(node, signal.SIGKILL)
 
     # How
@@ -427,12 +446,9 @@ class ApacheKafka(_Broker):
     def _properties(self, node: _Node) -> dict[str, str]:
         return {
             "node.id": str(node.index + 1),
-            "process.roles": "broker,controller",
+            **self._role(node),
             "controller.quorum.voters": self._voters(),
             "controller.listener.names": "CONTROLLER",
-            "inter.broker.listener.name": "INTERNAL",
-            "listeners": _listeners(_at_home(node.ports)),
-            "advertised.listeners": _listeners({name: node.advertised[name] for name in self.protocols}),
             "listener.security.protocol.map": ",".join(
                 f"{name}:{protocol}" for name, protocol in {"CONTROLLER": "PLAINTEXT", **self.protocols}.items()
             ),
@@ -450,8 +466,21 @@ class ApacheKafka(_Broker):
             **self._own,
         }
 
+    def _role(self, node: _Node) -> dict[str, str]:
+        roles = {"broker": node in self._nodes, "controller": node in self._controllers}
+        names = [*(self.protocols if roles["broker"] else ()), *(["CONTROLLER"] if roles["controller"] else ())]
+        broker = {
+            "inter.broker.listener.name": "INTERNAL",
+            "advertised.listeners": _listeners({name: node.advertised[name] for name in self.protocols}),
+        }
+        return {
+            "process.roles": ",".join(role for role, given in roles.items() if given),
+            "listeners": _listeners({name: (HOST, node.ports[name]) for name in names}),
+            **(broker if roles["broker"] else {}),
+        }
+
     def _voters(self) -> str:
-        return ",".join(f"{node.index + 1}@{HOST}:{node.ports['CONTROLLER']}" for node in self._nodes)
+        return ",".join(f"{node.index + 1}@{HOST}:{node.ports['CONTROLLER']}" for node in self._controllers)
 
     def _replication(self) -> dict[str, str]:
         copies, in_sync = (str(len(self._nodes)), "2") if len(self._nodes) > 1 else ("1", "1")
@@ -663,8 +692,19 @@ def delete_topic(bootstrap: str, name: str) -> None:
 
 def leader(bootstrap: str, name: str) -> int:
     """The node that leads the topic's first partition."""
+    return _leaders(bootstrap, name)[0]
+
+
+def led_by(bootstrap: str, name: str, node: int) -> set[int]:
+    """The partitions that the node leads."""
+    return {partition for partition, leads in _leaders(bootstrap, name).items() if leads == node}
+
+
+def _leaders(bootstrap: str, name: str) -> dict[int, int]:
+    """Partition -> the node that leads it."""
     with _admin(bootstrap) as admin:
-        return int(admin.describe_topics([name])[0]["partitions"][0]["leader_id"]) - 1
+        partitions = admin.describe_topics([name])[0]["partitions"]
+        return {partition["partition_index"]: int(partition["leader_id"]) - 1 for partition in partitions}
 
 
 def add_partitions(bootstrap: str, name: str, total: int) -> None:

@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import random_event_producer as tool  # noqa: E402
+import random_event_producer as tool
 
 COMPOSE = ROOT / "docker-compose.yml"
 MANIFESTS = ROOT / "deploy" / "kubernetes.yaml"

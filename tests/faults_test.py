@@ -72,9 +72,13 @@ class Summary(NamedTuple):
 
     @classmethod
     def of(cls, script: Script) -> Summary:
-        last = script.lines[-1]
+        return cls.of_line(script.lines[-1], script.tail())
+
+    @classmethod
+    def of_line(cls, last: str, context: str = "") -> Summary:
+        """The last one of a run, as text or JSON."""
         found = SUMMARY.search(json.loads(last)["message"] if last.startswith("{") else last)
-        assert found, f"the last line is no summary:\n{script.tail()}"
+        assert found, f"the last line is no summary:\n{context or last}"
         sent, failed, unconfirmed, ranges, again, skipped, run = found.groups()
         return cls(int(sent), int(failed), int(unconfirmed), ranges or "", int(again), int(skipped), run)
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
+import struct
+import sys
 import threading
-from collections.abc import Coroutine, Iterator
-from typing import Any, Self
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, Self
 
 from brokers import HOST, free_port
 
 CHUNK = 65536
 SLICES_PER_SECOND = 20
 LONG = 1000  # bytes: such an answer carries records
+# Kafka's numbers for kinds of requests
+PRODUCE, FETCH, LIST_OFFSETS, METADATA, API_VERSIONS, INIT_PRODUCER_ID, SASL_AUTHENTICATE = 0, 1, 2, 3, 18, 22, 36
+EVENT_ID = b"event_id"  # a record's header; one byte with twice the value's length follows, then the value
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Request(NamedTuple):
+    """A whole request that a client has written to a connection; `at` is on the monotonic clock."""
+
+    at: float
+    connection: int
+    kind: int
+    event_ids: tuple[str, ...]  # in order; none of compressed records
 
 
 class Proxy:
@@ -23,7 +39,8 @@ class Proxy:
 
     `target_port` may be changed: it is where the next connection goes. A fault replaces the one before;
     `passthrough()` ends it. `connections` counts those accepted so far, `dropped` the responses lost, `flipped` the
-    bytes changed.
+    bytes changed. While `recording`, `requests` are all that clients have written, whatever became of them (none of
+    TLS).
     """
 
     def __init__(self, target_port: int, port: int | None = None, host: str = HOST) -> None:
@@ -33,6 +50,9 @@ class Proxy:
         self.connections = 0
         self.dropped = 0
         self.flipped = 0
+        self.recording = False
+        self.requests: list[Request] = []
+        self._talks: set[_Talk] = set()
         self._reset()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -50,6 +70,25 @@ class Proxy:
         self._closing = False
         self._hanging = False
         self._flips = 0
+        self._late: tuple[float, float, int | None] = 0, 0, None
+        self._start = 0.0
+        self._fatal: Callable[[int], bool] = lambda _: False
+        self._fatal_times = sys.maxsize
+        self._resetting = False
+
+    # What it has seen
+
+    def handed_over(self) -> Counter[str]:
+        """How often each event has been written to a connection."""
+        return Counter(name for request in list(self.requests) for name in request.event_ids)
+
+    def count(self, kind: int) -> int:
+        """How many requests of a kind were written."""
+        return sum(request.kind == kind for request in list(self.requests))
+
+    def unanswered(self, kind: int) -> bool:
+        """Whether such a request waits for its answer at this moment."""
+        return bool(self._do(self._unanswered(kind)))
 
     # The faults
 
@@ -73,6 +112,23 @@ class Proxy:
         """In each direction; how much goes through in a second stays the same."""
         self._do(self._change(_delay=seconds))
 
+    def answer_late(self, least: float, most: float | None = None, kind: int | None = None) -> None:
+        """Each answer, or each to such a request, comes between `least` and `most` seconds late."""
+        self._do(self._change(_late=(least, least if most is None else most, kind)))
+
+    def start_late(self, seconds: float) -> None:
+        """Nothing that the broker says comes through in the first seconds of a connection: a slow TLS handshake."""
+        self._do(self._change(_start=seconds))
+
+    def end_at(self, kind: int, times: int = 1, reset: bool = False) -> None:
+        """The next requests of that kind are not passed on: each time the connection ends, or is reset."""
+        self._do(self._change(_fatal=lambda asked: asked == kind, _fatal_times=times, _resetting=reset))
+
+    def stand_in(self) -> None:
+        """As a proxy that knows Kafka's protocol and whose broker is away: ApiVersions is answered (it must be there
+        for that), at anything else the connection ends."""
+        self._do(self._change(_fatal=lambda asked: asked != API_VERSIONS))
+
     def drop_responses(self, probability: float, seed: int = 0) -> None:
         """The broker has done what was asked, the connection breaks before the client hears of it.
 
@@ -87,9 +143,13 @@ class Proxy:
         self._random = random.Random(seed)
         self._do(self._change(_flips=times))
 
-    def cut(self) -> None:
-        """Resets all connections once; the fault of the moment goes on."""
-        self._do(self._cut())
+    def cut(self, unanswered: int | None = None) -> None:
+        """Resets all connections once; the fault of the moment goes on.
+
+        With a kind: as soon as such a request waits for its answer. A client that has one of them on its way at a time
+        has then written no other that is not among `requests`.
+        """
+        self._do(self._cut(unanswered))
 
     def cut_every(self, seconds: float) -> None:
         self._do(self._change(cut_every=seconds))
@@ -114,8 +174,8 @@ class Proxy:
 
     # How
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+    def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
     async def _change(self, listen: bool = True, cut_every: float = 0, **fault: Any) -> None:
         if self._cutter is not None:
@@ -139,7 +199,12 @@ class Proxy:
             self._server.close()
             self._server = None
 
-    async def _cut(self) -> None:
+    async def _unanswered(self, kind: int) -> bool:
+        return any(kind in talk.waiting for talk in self._talks)
+
+    async def _cut(self, unanswered: int | None = None) -> None:
+        while unanswered is not None and not await self._unanswered(unanswered):
+            await asyncio.sleep(0.002)
         for writer in list(self._open):
             writer.transport.abort()
 
@@ -170,16 +235,19 @@ class Proxy:
             self._tasks.discard(task)
 
     async def _join(self, client: Stream) -> None:
+        talk = _Talk(self.connections, client[1], self._loop.time())
         await self._pass_gate()
         broker = await asyncio.open_connection(HOST, self.target_port)
         self._open.add(broker[1])
+        self._talks.add(talk)
         pumps = [
-            asyncio.create_task(self._pump(client[0], broker[1], responses=False)),
-            asyncio.create_task(self._pump(broker[0], client[1], responses=True)),
+            asyncio.create_task(self._pump(client[0], broker[1], talk, responses=False)),
+            asyncio.create_task(self._pump(broker[0], client[1], talk, responses=True)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._talks.discard(talk)
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
@@ -189,47 +257,72 @@ class Proxy:
         self._open.discard(writer)
         writer.close()
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, responses: bool) -> None:
+    async def _pump(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, talk: _Talk, responses: bool
+    ) -> None:
         """Reading and writing apart, so that a delay is a delay and not a limit of one chunk at a time."""
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
-        reading = asyncio.create_task(self._read(source, queue))
+        reading = asyncio.create_task(self._read(source, queue, None if responses else talk))
         try:
-            await self._write(queue, sink, _Frames() if responses else None)
+            await (self._write_answers(queue, sink, talk) if responses else self._write(queue, sink))
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def _read(self, source: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _read(
+        self, source: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]], talk: _Talk | None
+    ) -> None:
+        """`talk`: of what a client says."""
         chunk = b" "
         while chunk:
             with contextlib.suppress(ConnectionError):
                 chunk = b""
                 chunk = await source.read(CHUNK)
+            if talk and self._ends(talk, chunk):
+                chunk = b""
             await queue.put((self._loop.time(), chunk))
 
-    async def _write(
-        self, queue: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter, frames: _Frames | None
+    def _ends(self, talk: _Talk, chunk: bytes) -> bool:
+        """Take note of the requests in it; True when the connection ends here."""
+        for frame in talk.hear(chunk):
+            if self.recording:
+                event_ids = _event_ids(frame)
+                self.requests.append(Request(self._loop.time(), talk.connection, _kind(frame), event_ids))
+            if self._fatal_times > 0 and self._fatal(_kind(frame)):
+                self._fatal_times -= 1
+                talk.end(self._resetting)
+                return True
+        return False
+
+    async def _write(self, queue: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:
+        while True:
+            arrived, chunk = await queue.get()
+            if not chunk:
+                return
+            await self._sleep_until(arrived + self._delay)
+            await self._pass_gate()
+            await self._send(sink, chunk)
+
+    async def _write_answers(
+        self, queue: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter, talk: _Talk
     ) -> None:
         while True:
             arrived, chunk = await queue.get()
             if not chunk:
                 return
-            await asyncio.sleep(max(0, arrived + self._delay - self._loop.time()))
-            await self._pass_gate()
-            kept = self._survives(chunk, frames) if frames else len(chunk)
-            if frames and self._flips and len(chunk) > LONG:
-                chunk = self._with_a_flip(chunk)
-            await self._send(sink, chunk[:kept])
-            if kept < len(chunk):
-                self.dropped += 1
-                return
+            await self._sleep_until(max(arrived + self._delay, talk.began + self._start))
+            for piece, kind in talk.answers(chunk):
+                least, most, late = self._late
+                if kind is not None and late in (None, kind):
+                    await self._sleep_until(arrived + random.uniform(least, most))
+                await self._pass_gate()
+                if kind is not None and self._loss and self._random.random() < self._loss:
+                    self.dropped += 1
+                    return
+                await self._send(sink, self._with_a_flip(piece) if self._flips and len(piece) > LONG else piece)
 
-    def _survives(self, chunk: bytes, frames: _Frames) -> int:
-        """How many bytes go through: all, or those before the response that is lost."""
-        for start in frames.starts(chunk):
-            if self._loss and self._random.random() < self._loss:
-                return start
-        return len(chunk)
+    async def _sleep_until(self, moment: float) -> None:
+        await asyncio.sleep(max(0, moment - self._loop.time()))
 
     def _with_a_flip(self, chunk: bytes) -> bytes:
         self._flips -= 1
@@ -250,6 +343,53 @@ class Proxy:
     async def _pass_gate(self) -> None:
         while self._hanging:
             await asyncio.sleep(0.02)
+
+
+class _Talk:
+    """What goes over one connection: the requests in what a client says, and which of them each answer is for."""
+
+    def __init__(self, connection: int, client: asyncio.StreamWriter, began: float) -> None:
+        self.began = began
+        self.waiting: deque[int] = deque()  # kinds of requests, unanswered
+        self.connection = connection
+        self._client = client
+        self._heard = b""
+        self._frames = _Frames()
+
+    def hear(self, chunk: bytes) -> Iterator[bytes]:
+        """The requests that are whole with this chunk."""
+        self._heard += chunk
+        while self._heard[:1] == b"\0" and len(self._heard) >= (end := 4 + int.from_bytes(self._heard[:4])) > 8:
+            frame, self._heard = self._heard[4:end], self._heard[end:]
+            self.waiting.append(_kind(frame))
+            yield frame
+        if self._heard[:1] not in (b"", b"\0"):  # TLS
+            self._heard = b""
+
+    def answers(self, chunk: bytes) -> Iterator[tuple[bytes, int | None]]:
+        """Its pieces: each with the kind of request that it begins to answer, or None. Once the next is asked for, it
+        has been sent."""
+        starts = self._frames.starts(chunk)
+        for start, end in itertools.pairwise(sorted({0, *starts, len(chunk)})):
+            begins = start in starts and bool(self.waiting)
+            yield chunk[start:end], self.waiting[0] if begins else None
+            if begins:
+                self.waiting.popleft()
+
+    def end(self, reset: bool) -> None:
+        """The client's connection; by a reset, as a firewall does it, or as one that is closed."""
+        linger = struct.pack("ii", reset, 0)
+        self._client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._client.transport.abort()
+
+
+def _kind(request: bytes) -> int:
+    return int.from_bytes(request[:2])
+
+
+def _event_ids(request: bytes) -> tuple[str, ...]:
+    values = (rest[1 : 1 + rest[0] // 2] for rest in request.split(EVENT_ID)[1:])
+    return tuple(value.decode() for value in values)
 
 
 class _Frames:

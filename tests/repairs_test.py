@@ -5,6 +5,10 @@ Where a fault of a whole cluster is needed to see the defect, the test that does
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
+import json
 import math
 import re
 import socket
@@ -19,48 +23,93 @@ import kafka
 import pytest
 from brokers import free_port, wait_until
 from conftest import ROOT
+from kafka import KafkaProducer
+from kafka.cluster import ClusterMetadata
+from kafka.consumer.fetcher import Fetcher
 from kafka.net import inet, transport
+from kafka.net.compat import KafkaNetClient
+from kafka.net.connection import KafkaConnection
+from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
+from kafka.producer.record_accumulator import RecordAccumulator
+from kafka.producer.sender import Sender
+from kafka.producer.transaction_manager import TransactionManager
+from kafka.record.default_records import DefaultRecordBatchBuilder
 
 sys.path.insert(0, str(ROOT))
 
 import random_event_producer as tool
 
 HOST = "127.0.0.1"
-SOURCE = (ROOT / "random_event_producer.py").read_text()
-SECTION = SOURCE[SOURCE.index("kafka-python, repaired") : SOURCE.index("-- reaching Kafka")]
-
-# Each repair by a name in the section, and the tests that fail without it.
-REPAIRS = {
-    "_sock_recv": ["repairs_test.py::test_last_words", "security_test.py::test_bad_combination_ends_with_its_line"],
-    "handshake": [
-        "repairs_test.py::test_handshake_limit",
-        "security_test.py::test_handshake_in_mid_run_is_never_answered",
-    ],
-    "_create_connection": ["repairs_test.py::test_a_silent_address_of_several"],
-    "_request_update_once": ["security_test.py::test_credentials_are_revoked_and_valid_again"],
-    "connection_delay": ["faults_test.py::test_everything_arrives"],
-    "reset_backoff": ["security_test.py::test_credentials_are_revoked_and_valid_again"],
-    "update_backoff": ["cluster_test.py"],
-    "bootstrap_brokers": ["repairs_test.py::test_bootstrap_servers_take_turns"],
-    "connection_lost": ["security_test.py::test_bad_combination_ends_with_its_line"],
-    "initialize": ["cluster_test.py", "security_test.py::test_bad_combination_ends_with_its_line"],
-    "_end_line": ["field_test.py"],
-    "send": ["producer_test.py::test_larger_than_the_client_takes"],
-    "_can_retry": ["refusal_test.py"],
-    "_end_batch": ["repairs_test.py::test_a_defect_of_a_repair_ends_the_run"],
-    "_repair_batch": ["refusal_test.py", "faults_test.py::test_refused_among_others"],
-    "_look_at_topic": ["cluster_test.py"],
-    "_send_unless_changed": ["cluster_test.py"],
-    "take_back": ["cluster_test.py"],
-    "end": ["producer_test.py::test_signals_while_kafka_is_gone"],
-    "read_record": ["audit_field_test.py::test_header_names_that_are_no_text"],
-    "_unpack_records": ["audit_field_test.py::test_a_wrong_byte_on_the_way"],
-    "_step_over": ["audit_field_test.py::test_a_batch_that_cannot_be_read"],
-    "allow_auto_create_topics": ["consumer_test.py::test_no_topic"],
-    "_noting_stable_end": ["audit_field_test.py::test_an_open_transaction_beside_traffic"],
-    "cleanup_policy": ["audit_field_test.py::test_a_user_who_may_not_see_the_settings"],
+SECTIONS = {  # of each script that has one: from its heading to the next
+    script: re.split(r"^# -{20,} ", (ROOT / script).read_text().partition("kafka-python, repaired\n")[2], flags=re.M)[0]
+    for script in ("random_event_producer.py", "test_random_consumer.py")
 }
+
+# Each repair by a name in the section: the client's function whose defect it mends, and the tests that fail without it.
+REPAIRS: dict[str, tuple[Any, list[str]]] = {
+    "_sock_recv": (
+        transport.KafkaTCPTransport._sock_recv,
+        ["repairs_test.py::test_last_words", "security_test.py::test_bad_combination_ends_with_its_line"],
+    ),
+    "handshake": (transport.KafkaSSLTransport.handshake, ["repairs_test.py::test_handshake_limit"]),
+    "_look_up_shuffled": (inet.create_connection, ["repairs_test.py::test_a_silent_address_of_several"]),
+    "_build_transport": (
+        KafkaConnectionManager._build_transport,
+        ["repairs_test.py::test_a_silent_address_is_left_early"],
+    ),
+    "connection_lost": (
+        KafkaConnection.connection_lost,
+        ["security_test.py::test_bad_combination_ends_with_its_line"],
+    ),
+    "initialize": (
+        KafkaConnection.initialize,
+        ["cluster_test.py", "security_test.py::test_credentials_are_revoked_and_valid_again"],
+    ),
+    "_do_bootstrap": (
+        KafkaConnectionManager._do_bootstrap,
+        ["repairs_test.py::test_every_bootstrap_server_is_tried", "repairs_test.py::test_a_slow_server_and_a_good_one"],
+    ),
+    "least_loaded_node": (KafkaConnectionManager.least_loaded_node, ["cluster_test.py"]),
+    "_request_update_once": (
+        ClusterMetadata.request_update,
+        ["security_test.py::test_credentials_are_revoked_and_valid_again"],
+    ),
+    "get_connection": (KafkaConnectionManager.get_connection, ["repairs_test.py"]),
+    "connection_delay": (KafkaNetClient.connection_delay, ["faults_test.py::test_everything_arrives"]),
+    "take": (DefaultRecordBatchBuilder.append, ["batch_test.py::test_byte_for_byte"]),
+    "hand_over": (RecordAccumulator.append, ["batch_test.py", "refusal_test.py"]),
+    "_send_producer_data": (Sender._send_producer_data, ["cluster_test.py"]),
+    "_produce_request": (Sender._produce_request, ["refusal_test.py"]),
+    "_can_retry": (Sender._can_retry, ["refusal_test.py"]),
+    "_dispatch_error": (Sender._dispatch_error, ["repairs_test.py::test_a_defect_of_a_repair_ends_the_run"]),
+    "_repair": (
+        TransactionManager.classify_batch_error,
+        ["refusal_test.py", "faults_test.py::test_refused_among_others"],
+    ),
+    "_rewrite": (RecordAccumulator.split_and_reenqueue, ["refusal_test.py", "batch_test.py"]),
+    "end": (KafkaProducer.close, ["producer_test.py::test_signals_while_kafka_is_gone"]),
+    "_unpack_records": (
+        Fetcher.PartitionRecords._unpack_records,
+        ["audit_field_test.py::test_a_wrong_byte_on_the_way"],
+    ),
+    "_noting_stable_end": (
+        Fetcher._parse_fetched_data,
+        ["audit_field_test.py::test_an_open_transaction_beside_traffic"],
+    ),
+}
+SOURCES = json.loads((Path(__file__).parent / "repairs.json").read_text())  # a digest of each function's source
+
+
+def digest(function: Any) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_what_is_repaired_is_as_it_was(name: str) -> None:
+    """After an upgrade: is the repair still needed, does it still fit? Then its new digest goes into repairs.json."""
+    function, _ = REPAIRS[name]
+    assert {name: digest(function)} == {name: SOURCES[name]}, f"{function.__qualname__} has changed"
 
 
 def test_version() -> None:
@@ -68,20 +117,35 @@ def test_version() -> None:
     assert kafka.__version__ == tool.CLIENT_VERSION, f"look again at: {', '.join(REPAIRS)}"
 
 
-@pytest.mark.parametrize(("name", "tests"), REPAIRS.items(), ids=REPAIRS)
-def test_every_repair_has_a_test(name: str, tests: list[str]) -> None:
-    assert re.search(rf"\bdef {name}\(|\.{name}( = |\()|\[\"{name}\"\] = ", SECTION), (
-        f"there is no {name} in the section any more"
+@pytest.mark.parametrize("name", REPAIRS)
+def test_every_repair_has_a_test(name: str) -> None:
+    _, tests = REPAIRS[name]
+    assert re.search(rf"\bdef {name}\(|\.{name}( = |\()|\[\"{name}\"\] = ", "".join(SECTIONS.values())), (
+        f"there is no {name} in the sections any more"
     )
     for test in tests:
         file, _, function = test.partition("::")
         assert f"def {function}" in (Path(__file__).parent / file).read_text(), test
 
 
+def test_the_way_of_an_event_is_short() -> None:
+    """From the settings to the summary at most 1,250 lines without a break, the repairs at most 300, a function 35."""
+    script = (ROOT / "random_event_producer.py").read_text()
+    order = re.findall(r"^# -{20,} (.+)$", script, re.M)
+    way = ["settings", "the event", "generator", "pace", "tally", "delivery", "run and summary"]
+    assert order[: len(way)] == way
+    assert script.partition(f"- {way[0]}\n")[2].partition(f" {order[len(way)]}\n")[0].count("\n") <= 1250
+    assert SECTIONS["random_event_producer.py"].strip().count("\n") < 300
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 35, f"{path.name}: {node.name}"
+
+
 def test_nothing_else_reads_private_names_of_the_client() -> None:
     """Outside the section no attribute with an underscore is read, but of `self`, `cls` and modules of our own."""
     for script in ROOT.glob("*.py"):
-        text = script.read_text().replace(SECTION, "").replace("super()._", "")
+        text = script.read_text().replace(SECTIONS.get(script.name, "none"), "").replace("super()._", "")
         found = re.findall(r"(?<![\w\"'])(?!self\b|cls\b|os\b|super\(\))([\w\])]+)\._[a-z]\w*", text)
         assert found == [], script.name
 
@@ -130,13 +194,15 @@ def silent() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_handshake_limit(net: NetworkSelector, silent: int) -> None:
+def test_handshake_limit(net: NetworkSelector, silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "SETUP_SECONDS", 1)
+
     def ends(kind: Any) -> bool:
         connection = socket.create_connection((HOST, silent))
         connection.setblocking(False)
         made = kind(net, connection, host=HOST, ssl_context=ssl.create_default_context())
         shaken = net.call_soon_with_future(made.handshake)
-        net.poll(timeout_ms=1000 * (tool.SILENT_SECONDS + 1), future=shaken)
+        net.poll(timeout_ms=2000, future=shaken)
         done: bool = shaken.is_done
         made.close()
         return done
@@ -162,13 +228,19 @@ def test_a_silent_address_of_several(net: NetworkSelector, monkeypatch: pytest.M
             net.poll(timeout_ms=4000, future=trial)
             return bool(trial.succeeded())
 
-        assert not connects(inet.create_connection)
-        assert connects(kafka.net.manager.create_connection)
+        assert [connects(inet.create_connection) for _ in range(2)] == [False, False]
+        monkeypatch.setattr(tool, "_look_up", lambda *_, **__: addresses)
+        monkeypatch.setattr(inet.KafkaNetSocket, "dns_lookup", tool._look_up_shuffled)
+        assert any(connects(inet.create_connection) for _ in range(12))  # by chance not in 1 of 4,096
         for one in crowd:
             one.close()
 
 
-def test_bootstrap_servers_take_turns() -> None:
+def made(network: tool.Network, settings: tool.Settings) -> tool.Producer:
+    return tool.Producer("events", network, **tool.client_options(settings, network), delivery_timeout_ms=math.inf)
+
+
+def test_every_bootstrap_server_is_tried() -> None:
     """One was drawn at random again and again, however often it had failed."""
     servers = [f"{HOST}:{free_port()}" for _ in range(3)]
     settings = tool.Settings(kafka_broker=",".join(servers))
@@ -179,12 +251,45 @@ def test_bootstrap_servers_take_turns() -> None:
             tried.append(at)
 
     network = Network(settings)
-    producer = tool.Producer("events", network, **tool.client_options(settings, network), delivery_timeout_ms=math.inf)
+    producer = made(network, settings)
     try:
         wait_until(lambda: len(tried) >= 9, 10, "nine tries")
     finally:
         producer.end(0)
     assert [sorted(tried[turn : turn + 3]) for turn in (0, 3)] == [sorted(servers)] * 2
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["silent first", "silent last"])
+def test_a_slow_server_and_a_good_one(order: int, silent: int, apache: Any) -> None:
+    """The client waits for the one that it has drawn; the tool asks the next one beside it, and gives up on neither."""
+    servers = [f"{HOST}:{silent}", apache.bootstrap]
+    settings = tool.Settings(kafka_broker=",".join(servers[order:] + servers[:order]))
+    network = tool.Network(settings)
+    producer = made(network, settings)
+    try:
+        wait_until(lambda: network.reached, 2 * tool.SLOW_SECONDS, "the good server is reached")
+    finally:
+        producer.end()
+
+
+def test_a_silent_address_is_left_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is not made: then the whole time for set-up was spent on it."""
+    monkeypatch.setattr(tool, "CONNECT_SECONDS", 1)
+    with socket.create_server((HOST, 0), backlog=0) as full:
+        crowd = []
+        for _ in range(4):
+            crowd.append(socket.socket())
+            crowd[-1].setblocking(False)
+            crowd[-1].connect_ex(full.getsockname())
+        settings = tool.Settings(kafka_broker="{}:{}".format(*full.getsockname()))
+        network = tool.Network(settings)
+        producer = made(network, settings)
+        try:
+            wait_until(lambda: bool(network.recent_cause()), 4, "it is given up")
+        finally:
+            producer.end()
+        for one in crowd:
+            one.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -194,11 +299,11 @@ import sys
 sys.path.insert(0, {root!r})
 import random_event_producer as tool
 
-class Broken(tool.Producer):
-    def _repair_batch(self, batch, error, partition_response):
+class Broken(tool._Sender):
+    def _repair(self, batch, error):
         raise KeyError("a defect")
 
-tool.Producer = Broken
+tool._Sender = Broken
 raise SystemExit(tool.main())
 """
 
