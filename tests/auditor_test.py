@@ -430,6 +430,7 @@ def test_the_topic_recreated(apache: ApacheKafka, topic: str, start: Start, long
 
 
 @pytest.mark.slow
+@pytest.mark.linux  # VmHWM
 def test_ten_million_sequences_in_little_memory() -> None:
     """In order, and 2 million with 1,999 gaps; most of it is the interpreter and the client."""
     program = """

@@ -149,6 +149,11 @@ def run_script(tmp_path: Path) -> Iterator[RunScript]:
         script.check()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if sys.platform != "linux" and item.get_closest_marker("linux"):
+        pytest.skip("needs what only Linux has")
+
+
 def require_apache() -> None:
     """Skips where Apache Kafka cannot be had; fails there when REQUIRE_APACHE_KAFKA=1 (the project's CI)."""
     try:

@@ -50,6 +50,7 @@ SILENT = 20.0  # the same where only the client's time-out tells
 PASSWORD = "c0rrect-horse"
 USERS = {"alice": PASSWORD, "carol": PASSWORD}
 ELSEWHERE = "127.0.0.2"  # another address of this machine
+pytestmark = pytest.mark.linux  # elsewhere it is none
 TOPIC = "open"
 LEADERLESS = "no leader|without a leader"
 FEW_REPLICAS = "too few replicas.* in sync"

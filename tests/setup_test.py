@@ -135,6 +135,7 @@ def test_one_of_several_shards_must_say_which(run_script: RunScript, name: str, 
     assert re.fullmatch(r"SHARD_INDEX: not set.*SHARD_COUNT.*; allowed: 0 to .*\n", script.stderr)
 
 
+@pytest.mark.linux  # where each address of 127.0.0.0/8 is this machine
 def test_a_host_alone_is_at_kafkas_port(run_script: RunScript) -> None:
     script = run_script(PRODUCER, KAFKA_BROKER="127.0.0.92", CONNECT_TIMEOUT_SECONDS=1)
     assert script.wait() == 1

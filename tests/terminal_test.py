@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,12 +46,16 @@ STOPS = [pytest.param(number, id=number.name) for number in (signal.SIGINT, sign
 
 @functools.cache
 def mounts() -> bool:
+    if not shutil.which("unshare"):
+        return False
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(params=SINKS)
 def sink(request: pytest.FixtureRequest) -> Sequence[str]:
+    if request.param == "full-device" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
     if request.param == "full-disk" and not mounts():
         pytest.skip("no right to make a mount namespace")
     return SINKS[request.param]
@@ -285,8 +290,8 @@ def in_shell(line: str, command: list[str], **settings: object) -> subprocess.Co
 @pytest.mark.parametrize(
     ("redirection", "unbuffered", "cause"),
     [
-        pytest.param(">/dev/full", "", "No space left on device", id="full"),
-        pytest.param(">/dev/full", "1", "No space left on device", id="full-unbuffered"),
+        pytest.param(">/dev/full", "", "No space left on device", id="full", marks=pytest.mark.linux),
+        pytest.param(">/dev/full", "1", "No space left on device", id="full-unbuffered", marks=pytest.mark.linux),
         pytest.param(">&-", "", "closed|Bad file descriptor", id="closed"),
     ],
 )
@@ -472,6 +477,7 @@ def test_hangup_ends_an_audit_with_its_report(run_script: RunScript, feed: dict[
     assert script.stdout_lines[-1].startswith("OK: ")
 
 
+@pytest.mark.linux  # it reads in /proc when the signal is ignored
 def test_nohup(launch: Launch, kafka: dict[str, Any]) -> None:
     """Ignored at the start: ignored for good; other signals are not."""
     within, streams = ["sh", "-c", 'trap "" HUP; exec "$0" "$@"'], {"stderr": subprocess.DEVNULL}
@@ -495,6 +501,7 @@ def signals(pid: int, which: str) -> set[signal.Signals]:
     return {number for number in signal.Signals if mask >> (number - 1) & 1}
 
 
+@pytest.mark.linux  # setsid
 def test_the_terminal_is_closed(launch: Launch, kafka: dict[str, Any]) -> None:
     """SIGHUP comes, and what is written from then on fails."""
     master, slave = os.openpty()
