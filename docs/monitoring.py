@@ -106,6 +106,7 @@ class Prometheus:
         self.port = free_port()
         configuration = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
         (job,) = [job for job in configuration["scrape_configs"] if job["job_name"] == "random-event-producer"]
+        del job["dns_sd_configs"]
         job["static_configs"] = [{"targets": [f"{HOST}:{port}" for port in targets]}]
         made = {"global": dict.fromkeys(configuration["global"], "1s"), "scrape_configs": [job]}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(made))

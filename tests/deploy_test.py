@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import importlib
 import json
 import os
 import re
@@ -12,13 +13,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
+from conftest import clean_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +34,14 @@ DASHBOARD = ROOT / "deploy" / "grafana" / "random-event-producer.json"
 IMAGE = f"random-event-producer:{tool.__version__}"
 KUBERNETES_VERSIONS = ("1.33", "1.37")  # the manifests need nothing newer than the first
 VARIABLES = {name.upper() for name in tool.Settings.model_fields}
+
+
+@functools.cache
+def every_variable() -> set[str]:
+    """Of each script: of each class of settings in it."""
+    modules = [importlib.import_module(path.stem) for path in ROOT.glob("*.py")]
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {name.upper() for kind in found if issubclass(kind, tool.Settings) for name in kind.model_fields}
 
 
 @functools.cache
@@ -65,6 +75,15 @@ def test_image_runs_the_tool_as_an_unprivileged_number() -> None:
     assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", user)
     assert json.loads(instructions("CMD")[0]) == ["python", "random_event_producer.py"]
     assert instructions("ARG") == [f"VERSION={tool.__version__}"]
+
+
+def test_image_says_what_it_is() -> None:
+    labels = dict(pair.split("=", 1) for line in instructions("LABEL") for pair in shlex.split(line))
+    said = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
+    assert f"{said.pop('title')}:{tool.__version__}" == IMAGE
+    assert (ROOT / "LICENSE").read_text().startswith(f"{said.pop('licenses')} License\n")
+    assert said.pop("version") == "${VERSION}"
+    assert said.keys() == {"description"}
 
 
 def test_image_environment_is_the_tools() -> None:
@@ -127,16 +146,38 @@ def test_health_check_without_an_answer() -> None:
 # ------------------------------------------------------------------------------------------------------- compose
 
 
-@pytest.mark.parametrize("command", [["docker-compose"], ["docker", "compose"]], ids=" ".join)
-def test_compose_accepts_the_file(command: list[str]) -> None:
+@pytest.fixture(params=["docker-compose", "docker compose"])
+def compose_config(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., str]:
+    """compose_config("-q", SEED="x") -> the file as this version of compose reads it, all profiles, with these set."""
+    options = ("-f", COMPOSE, "--project-directory", tmp_path, "--profile", "*")  # no .env of a developer's
+    command = request.param.split()
     if not shutil.which(command[0]) or subprocess.run([*command, "version"], capture_output=True).returncode:
-        pytest.skip(f"no {' '.join(command)} here")
-    profiles = [word for name in ("random", "churn", "frontend", "monitoring") for word in ("--profile", name)]
-    done = subprocess.run(
-        [*command, "-f", str(COMPOSE), *profiles, "config", "-q"], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert not re.search("warn|obsolete|unsupported", done.stderr, re.IGNORECASE), done.stderr
+        pytest.skip(f"no {request.param} here")
+
+    def config(*flags: str, **settings: str) -> str:
+        done = subprocess.run(
+            [*command, *options, "config", *flags],
+            env=clean_environment(**settings),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not re.search("warn|obsolete|unsupported", done.stderr, re.IGNORECASE), done.stderr
+        return done.stdout
+
+    return config
+
+
+def test_compose_accepts_the_file(compose_config: Callable[..., str]) -> None:
+    assert compose_config("-q") == ""
+
+
+def test_compose_gives_a_setting_to_the_container_where_it_is_set(compose_config: Callable[..., str]) -> None:
+    services = yaml.safe_load(compose_config(SEED="x", START_TIME="2026-05-04", KAFKA_BROKER="nowhere"))["services"]
+    for name in ("random-event-producer", "random-churn-producer"):
+        given = {variable: value for variable, value in services[name]["environment"].items() if value is not None}
+        assert given == {"KAFKA_BROKER": "kafka:29092", "SEED": "x", "START_TIME": "2026-05-04"}
 
 
 def test_compose_profiles() -> None:
@@ -164,10 +205,10 @@ def test_compose_images_are_pinned() -> None:
 
 def test_compose_producer() -> None:
     service = compose()["services"]["random-event-producer"]
-    assert set(service["environment"]) <= VARIABLES
-    assert service["environment"]["KAFKA_BROKER"] == "kafka:29092"
     assert service["depends_on"] == {"kafka": {"condition": "service_healthy"}}
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    # exit code 0 is the end, with MAX_EVENTS too; wrong settings are not tried for ever
+    assert re.fullmatch(r"\$\{RESTART_POLICY:-on-failure:\d\}", service["restart"])
 
 
 def test_compose_churn_producer_is_the_same_with_another_script() -> None:
@@ -177,16 +218,18 @@ def test_compose_churn_producer_is_the_same_with_another_script() -> None:
     assert differing == {"profiles", "container_name", "command"}
 
 
-def test_compose_defaults_are_the_tools() -> None:
-    """What is not set outside comes out as it does without compose."""
+def test_compose_passes_every_setting_on() -> None:
+    """By its name alone: what is not set outside is not set inside, and has the tool's own default."""
+    own = {"KAFKA_BROKER", "METRICS_PORT", "METRICS_HOST"}  # the compose file and the image have values for them
     environment = compose()["services"]["random-event-producer"]["environment"]
-    defaults = {
-        name: given.group(1) for name, text in environment.items() if (given := re.fullmatch(r"\$\{\w+:-(.*)\}", text))
-    }
-    assert set(environment) - set(defaults) == {"KAFKA_BROKER"}
-    for name, text in defaults.items():
-        default = tool.Settings.model_fields[name.lower()].default
-        assert text == ("" if default is None else str(default)), name
+    assert sorted(environment) == sorted({"KAFKA_BROKER=kafka:29092"} | every_variable() - own)
+
+
+def test_compose_kafka_says_only_what_is_wrong() -> None:
+    environment = compose()["services"]["kafka"]["environment"]
+    levels = dict(pair.split("=") for pair in environment["KAFKA_LOG4J_LOGGERS"].split(","))
+    assert levels["kafka"] == levels["org.apache.kafka"] == "WARN"
+    assert "KAFKA_LOG4J_ROOT_LOGLEVEL" not in environment  # it would take the errors away too
 
 
 def test_compose_mounts_exist() -> None:
@@ -376,6 +419,10 @@ def test_dashboard_belongs_to_its_data_source() -> None:
     assert source["url"] == "http://prometheus:9090"
     ids = [panel["id"] for panel in board["panels"]]
     assert len(ids) == len(set(ids))
+
+
+def test_prometheus_looks_for_each_producer_of_the_compose_file() -> None:
     (scrape, _) = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": ["random-event-producer:8000"]}]
-    assert "random-event-producer" in compose()["services"]
+    (found,) = scrape["dns_sd_configs"]
+    assert set(found["names"]) == {name for name, made in compose()["services"].items() if made["image"] == IMAGE}
+    assert str(found["port"]) == instructions("EXPOSE")[0]

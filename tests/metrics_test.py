@@ -394,6 +394,7 @@ class Prometheus:
         configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         configuration["global"] = dict.fromkeys(configuration["global"], "1s")
         (job,) = [job for job in configuration["scrape_configs"] if job["job_name"] == "random-event-producer"]
+        del job["dns_sd_configs"]
         job["static_configs"] = [{"targets": [f"{HOST}:{target}"]}]
         configuration["scrape_configs"] = [job]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
