@@ -1890,10 +1890,10 @@ class Network:
         """Kafka is not reached, or slow. Raises GiveUp for what waiting does not cure."""
         if lasting := self.lasting_cause():
             raise GiveUp(lasting)
-        known = self.recent_cause() or self.slow()
-        cause = known or f"{self.servers[0]} has not answered yet"
+        slow, everywhere = self.slow(), all(server in self._met or server in self._answered for server in self.servers)
+        cause = self.recent_cause() or slow or f"{self.servers[0]} has not answered yet"
         tip = next((met.cause.tip for met in self._met.values() if met.cause.tip), "")
-        line = f"Kafka is not there yet: {cause}. Waiting for it{tip}" if known else ""
+        line = f"Kafka is not there yet: {cause}. Waiting for it{tip}" if slow or everywhere else ""
         return Obstacle(f"Kafka is not reached yet: {cause}", f"Kafka not reached in {limit:g} s: {cause}", line)
 
 

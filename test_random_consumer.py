@@ -28,6 +28,7 @@ fewer than MAX_EVENTS came), 2 for bad settings.
 
 import functools
 import itertools
+import math
 import os
 import re
 import sys
@@ -183,6 +184,7 @@ class Reader:
         self._identity: object = None  # of the topic that is read
         self._gone = False
         self._next_look = self._news_at = 0.0
+        self._throttled_at = -math.inf
         self._away_since: float | None = None
 
     def open(self) -> bool:
@@ -237,8 +239,8 @@ class Reader:
         return bool(self.consumer.held_up()) or sys.maxsize in self.consumer.ends().values()
 
     def throttled(self) -> bool:
-        """Whether a quota slows the reading down."""
-        return self._network.throttled()
+        """Whether a quota slows the reading down, with pauses in between."""
+        return time.monotonic() - self._throttled_at < CLOSING_SECONDS
 
     def unread(self) -> dict[int, str]:
         """The partitions that were not read to their end, though they could have been, and why."""
@@ -247,8 +249,9 @@ class Reader:
         why = dict.fromkeys(away, f"its leader is not reached ({cause})")
         silent = time.monotonic() - self._news_at >= SILENT_SECONDS  # else there was no time to read on
         held = self.consumer.held_up()
-        for partition in held | (self.consumer.behind() if silent or self._network.throttled() else {}):
-            slow = self._network.slow() or "the broker hands out no more"
+        for partition in held | (self.consumer.behind() if silent or self.throttled() else {}):
+            quota = "a quota slows this client down" if self.throttled() else ""
+            slow = quota or self._network.slow() or "the broker hands out no more"
             what = "somebody's transaction is open there" if partition in held else slow
             why.setdefault(partition.partition, what)
         positions = {partition.partition: offset for partition, offset in self.consumer.positions().items()}
@@ -374,14 +377,16 @@ class Reader:
             if away > AWAY_SECONDS:
                 leaderless = self._network.leaderless(unreached)
                 cause = leaderless or self._network.recent_cause() or "a partition's leader is not reached"
-                who = f"{tool.partitions_text(unreached)} cannot be read" if leaderless else "Kafka is away"
-                log.warning("%s: %s. Reading goes on when it is back", who, cause)
+                what = f"Some of topic {self._topic} cannot be read" if leaderless else "Kafka is away"
+                log.warning("%s: %s. Reading goes on when it is back", what, cause)
         elif self._away_since is not None:
             if away > AWAY_SECONDS:
                 log.info("Kafka is back after %.1f s", away)
             self._away_since = None
         elif slow := self._network.slow():
             log.warning("Reading is slow: %s", slow)
+        if self._network.throttled():
+            self._throttled_at = now
 
     def _read_again(self, error: UnreadableError) -> None:
         """What cannot be unpacked is read again, and after some tries stepped over."""

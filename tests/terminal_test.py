@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -11,8 +12,10 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -531,3 +534,25 @@ def test_suspended_and_continued(run_script: RunScript, kafka: dict[str, Any]) -
         assert script.wait(10) == 0, script.tail()
         assert summary(script)["unconfirmed"] == 0
         assert "confirmed nothing" not in script.stderr
+
+
+@pytest.mark.parametrize("columns", [44, 120])
+def test_the_bar_keeps_to_the_terminal(columns: int, launch: Launch) -> None:
+    """Under a limit and at a fast pace a bar is drawn over itself, as wide as the terminal is, and not into the log."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = launch(PRODUCER, "--print", streams={"stderr": slave}, MAX_EVENTS=300, INTERVAL_SECONDS=0.005)
+    os.close(slave)
+    drawn = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(master, 65536):
+            drawn += piece
+    os.close(master)
+    assert process.wait(20) == 0
+    bars = [bar for bar in re.split(r"[\r\n]+", drawn.decode()) if "events" in bar and "|" in bar]
+    assert any("0/300" in bar for bar in bars)
+    assert any("300/300" in bar for bar in bars)
+    assert {len(bar) <= columns for bar in bars} == {True}
+    lines = [line for line in drawn.decode().replace("\r\n", "\n").split("\n") if " - INFO - " in line]
+    assert [bool(re.search(r"(?:^|\r)\S+ \S+ - INFO - [^|]+$", line)) for line in lines] == [True] * len(lines)
+    assert drawn.count(b"\n") <= len(lines) + 1, drawn  # a bar has no line of its own until it ends
