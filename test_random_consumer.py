@@ -435,15 +435,19 @@ EVENT_ID = re.compile(r"([0-9a-f]{16}):([1-9][0-9]{0,17})")
 DECIMALS = {"quantity": 0, "price": 2, "session_length": 1, "view_duration": 1}
 
 
-def _validator(metadata: dict[str, Any]) -> Callable[[Any], Any]:
-    """For one branch of the schema: to choose it by the event's type is three times as fast as to try each."""
-    properties = {**tool.SCHEMA["properties"], "metadata": metadata}
-    validator: Callable[[Any], Any] = fastjsonschema.compile({**tool.SCHEMA, "properties": properties, "allOf": []})
+def _validator(event: dict[str, Any]) -> Callable[[Any], Any]:
+    """For one branch of the schema, which says what is wrong where the whole says that no branch fits.
+
+    It is chosen by the event's type, which is not compared again: a `not` would cost as much as half of the rest.
+    """
+    fields = {**event["properties"], "event_type": {"type": "string", "minLength": 1}}
+    validator: Callable[[Any], Any] = fastjsonschema.compile({**event, "properties": fields})
     return validator
 
 
-_VALIDATORS = {event_type: _validator(metadata) for event_type, metadata in tool.METADATA.items()}
-_any_type = _validator(tool.SCHEMA["properties"]["metadata"])
+_VALIDATORS = {  # by event type; None: of any other
+    event["properties"]["event_type"].get("const"): _validator(event) for event in tool.SCHEMA["definitions"].values()
+}
 
 
 def parse_event(value: bytes | None) -> dict[str, Any]:
@@ -451,7 +455,7 @@ def parse_event(value: bytes | None) -> dict[str, Any]:
     try:
         event: dict[str, Any] = orjson.loads(value or b"")
         event_type = event.get("event_type") if isinstance(event, dict) else None
-        _VALIDATORS.get(str(event_type), _any_type)(event)
+        _VALIDATORS.get(str(event_type), _VALIDATORS[None])(event)
     except orjson.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
     except fastjsonschema.JsonSchemaValueException as error:
@@ -474,6 +478,8 @@ def _in_words(error: fastjsonschema.JsonSchemaValueException) -> str:
     elif rule == "additionalProperties":
         path.append(next(name for name in given if name not in definition["properties"]))
         message = "is not part of such an event"
+    elif rule == "maxLength":
+        message = f"must match pattern {definition['pattern']}"
     return f"{'.'.join(path) or 'event'}: {message}"
 
 

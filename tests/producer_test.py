@@ -32,7 +32,7 @@ from conftest import (
     listens,
     require_apache,
 )
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(ROOT))
 
@@ -127,9 +127,9 @@ def schema() -> Any:
     command = [sys.executable, str(ROOT / PRODUCER), "--schema"]
     output = subprocess.run(command, env=clean_environment(), check=True, capture_output=True, timeout=60).stdout
     described = json.loads(output)
-    Draft202012Validator.check_schema(described)
-    assert described["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    return Draft202012Validator(described)
+    Draft7Validator.check_schema(described)
+    assert described["$schema"] == "http://json-schema.org/draft-07/schema#"
+    return Draft7Validator(described)
 
 
 def test_all_events_are_there_once_and_in_order(feed: list[Any]) -> None:

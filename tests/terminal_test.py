@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from brokers import HOST, Tansu, audit, create_topic, event_id, free_port, read_all, wait_until
 from conftest import ROOT, RunScript, clean_environment
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 from producer_test import LINE, PRODUCER, SAMPLES, events, instant, nothing_there, stopped, summary
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -347,7 +347,7 @@ def test_print_needs_no_kafka_and_keeps_the_pace(run_script: RunScript) -> None:
     kept_pace(values, 0.1)
     schema = run_script(PRODUCER, "--schema")
     assert schema.wait() == 0
-    validator = Draft202012Validator(json.loads(schema.stdout))
+    validator = Draft7Validator(json.loads(schema.stdout))
     for line, value in zip(script.stdout_lines, values, strict=True):
         validator.validate(value)
         assert line == json.dumps(value, separators=(",", ":"))
