@@ -297,14 +297,14 @@ class Record:
     """One user's events of a run, and what they say of class and state: the forward algorithm, as in docs/churn.md."""
 
     def __init__(self, start: int) -> None:
-        self.events, self.sequence, self.last, self.state, self.heard_after = 0, "", "", ENGAGED, False
+        self.events, self.sequence, self.last, self.state, self.heard_after = 0, 0, "", ENGAGED, False
         self._weights = [(1 / 16, 0.0, 0.0)] * 16  # of engaged, drifting and gone, for each class
         self._since = start  # what the next wait counts from: 30 minutes after the last event
         self._wait = 0.0  # before the visit under way
         self._types: list[str] = []  # of its events
 
     def add(self, sequence: int, at: int, event_type: str, state: str) -> None:
-        self.events, self.sequence, self.last, self.state = self.events + 1, f"{sequence}", tool.iso_format(at), state
+        self.events, self.sequence, self.last, self.state = self.events + 1, sequence, tool.iso_format(at), state
         if at >= self._since:
             self._end_visit()
             self._wait = model_days(at) - model_days(self._since)

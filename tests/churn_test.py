@@ -26,10 +26,13 @@ from conftest import ROOT, Broker, MakeApache, RunScript, Script, clean_environm
 from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import random_churn_producer as churn
-from random_churn_producer import RandomChurnProducer, User, instant_of, model_days
+from random_churn_producer import ChurnSettings, RandomChurnProducer, User, instant_of, model_days
 from random_event_producer import PRODUCTS, Stop
+
+import churn_model
 
 SCRIPT = "random_churn_producer.py"
 MONDAY = datetime(2026, 5, 4, tzinfo=UTC)
@@ -403,7 +406,7 @@ def test_labels_tell_what_the_stream_holds(quarter: list[str], quarter_labels: d
         held[event["user_id"]].append((sequence, event["timestamp"]))
     assert list(quarter_labels) == list(range(1, 1001))
     for user, row in quarter_labels.items():
-        last_sequence, last_event_at = held[user][-1] if held[user] else ("", "")
+        last_sequence, last_event_at = held[user][-1] if held[user] else (0, "")
         expected = (str(len(held[user])), str(last_sequence), last_event_at)
         assert (row["events"], row["last_sequence"], row["last_event_at"]) == expected
 
@@ -817,6 +820,29 @@ def sequence(record: Any) -> int:
     found = event_id(record)
     assert found
     return found[1]
+
+
+def test_the_model_finds_the_run_that_the_labels_are_of(run_script: RunScript, broker: Broker, topic: str) -> None:
+    """Among others in the topic: a later one, and one that goes on for longer; with shards each has its own."""
+    create_topic(broker.direct, topic, 3)
+    shards = {"SHARD_COUNT": 2, "SHARD_INDEX": 1}
+    others: list[dict[str, Any]] = [{}, {**shards, "END_TIME": "2026-05-14"}, {"SEED": "another"}]
+    runs = []
+    for other in others:
+        settings = {**WEEK, **other, "KAFKA_BROKER": broker.bootstrap, "KAFKA_TOPIC": topic}
+        script = run_script(SCRIPT, **settings)
+        assert script.wait() == 0, script.tail()
+        runs.append(script.wait_for(r"run ([0-9a-f]{16})$", after=len(script.lines) - 1)[1])
+    kafka = ChurnSettings(kafka_broker=broker.bootstrap, kafka_topic=topic)
+    for changes, name in zip(({}, shards, others[2]), runs, strict=True):
+        rows = [*labelled(**{**WEEK, **changes}).values()]
+        found, run = churn_model.read(kafka, rows, "")
+        assert (found, sorted(run)) == (name, [*range(1, sum(int(row["events"]) for row in rows) + 1)])
+        assert churn_model.read(kafka, rows, name)[0] == name
+        with pytest.raises(SystemExit, match=f"holds no run with .*; runs there: {runs[name == runs[0]]} with"):
+            churn_model.read(kafka, rows, runs[name == runs[0]])
+    with pytest.raises(SystemExit, match="runs there: none"):
+        churn_model.read(kafka, rows, "0123456789abcdef")
 
 
 def test_a_live_run_and_its_labels(run_script: RunScript, apache: ApacheKafka, topic: str) -> None:
