@@ -79,10 +79,8 @@ def read(settings: ChurnSettings, labels: Labels, chosen: str) -> tuple[str, Run
             runs[name][int(sequence)] = event["user_id"], record.timestamp / 1000, event["event_type"]
             if len(runs[name]) == wanted and labelled(runs[name], labels):
                 return name, runs[name]
-    there = ", ".join(f"{name} with {len(run)}" for name, run in runs.items()) or "none"
-    raise SystemExit(
-        f"topic {settings.kafka_topic} holds no run with the {wanted} labelled events; runs there: {there}"
-    )
+    there = ", ".join(f"{name} has {len(run)}" for name, run in runs.items()) or "there is none"
+    raise SystemExit(f"topic {settings.kafka_topic}: the labels are of no run there; of events 1 to {wanted}, {there}")
 
 
 def features(events: Events, start: float, end: float) -> list[float]:

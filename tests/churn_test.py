@@ -839,9 +839,9 @@ def test_the_model_finds_the_run_that_the_labels_are_of(run_script: RunScript, b
         found, run = churn_model.read(kafka, rows, "")
         assert (found, sorted(run)) == (name, [*range(1, sum(int(row["events"]) for row in rows) + 1)])
         assert churn_model.read(kafka, rows, name)[0] == name
-        with pytest.raises(SystemExit, match=f"holds no run with .*; runs there: {runs[name == runs[0]]} with"):
+        with pytest.raises(SystemExit, match=f"the labels are of no run there; .*, {runs[name == runs[0]]} has"):
             churn_model.read(kafka, rows, runs[name == runs[0]])
-    with pytest.raises(SystemExit, match="runs there: none"):
+    with pytest.raises(SystemExit, match="there is none"):
         churn_model.read(kafka, rows, "0123456789abcdef")
 
 
