@@ -149,6 +149,7 @@ def test_a_login_that_is_really_wanted(slow: Slow, launch: Callable[..., Script]
 # ------------------------------------------------------------------------------------------------ slow is not silent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_broker_that_answers_each_request_late(slow: Slow, launch: Callable[..., Script], name: str) -> None:
     """Between 2 and 3.5 s: a connection needs two answers before it can be used, a start some more."""
@@ -206,6 +207,7 @@ def test_the_first_of_several_servers_is_silent(
         succeeds(launch(name, KAFKA_BROKER=brokers), QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_first_of_several_servers_is_silent_and_the_other_slow(
     slow: Slow, launch: Callable[..., Script], name: str
@@ -249,6 +251,13 @@ def test_samples_without_a_producer_id(ungoverned: ApacheKafka, run_script: RunS
     script = run_script(SMOKE, **settings)
     assert script.wait(25) == 1
     assert any("producer id" in line for line in warnings(script)), script.tail()
+
+
+@pytest.mark.parametrize("error", [7, 14, 15, 16], ids=["timed out", "loading", "not available", "not coordinator"])
+def test_a_producer_id_after_some_refusals(slow: Slow, launch: Callable[..., Script], error: int) -> None:
+    """Each says "ask again", also those that speak of a coordinator, which only a transaction has."""
+    slow.proxies["FRONT"].refuse_producer_ids(error, times=3)
+    succeeds(launch(TOOL, **slow.settings("FRONT")), IN_TIME)
 
 
 QUOTA = "(?i:quota|throttl)"

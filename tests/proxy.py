@@ -21,6 +21,7 @@ SLICES_PER_SECOND = 20
 LONG = 1000  # bytes: such an answer carries records
 # Kafka's numbers for kinds of requests
 PRODUCE, FETCH, LIST_OFFSETS, METADATA, API_VERSIONS, INIT_PRODUCER_ID, SASL_AUTHENTICATE = 0, 1, 2, 3, 18, 22, 36
+ID_ERROR_AT = 13  # in an answer to INIT_PRODUCER_ID, behind its length, number, tags and throttle time
 EVENT_ID = b"event_id"  # a record's header; one byte with twice the value's length follows, then the value
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -75,6 +76,7 @@ class Proxy:
         self._fatal: Callable[[int], bool] = lambda _: False
         self._fatal_times = sys.maxsize
         self._resetting = False
+        self._id_error, self._id_errors = b"", 0
 
     # What it has seen
 
@@ -128,6 +130,10 @@ class Proxy:
         """As a proxy that knows Kafka's protocol and whose broker is away: ApiVersions is answered (it must be there
         for that), at anything else the connection ends."""
         self._do(self._change(_fatal=lambda asked: asked != API_VERSIONS))
+
+    def refuse_producer_ids(self, error: int, times: int = sys.maxsize) -> None:
+        """The answers to so many requests for one say that error (a number of Kafka's; versions 2 and later)."""
+        self._do(self._change(_id_error=error.to_bytes(2), _id_errors=times))
 
     def drop_responses(self, probability: float, seed: int = 0) -> None:
         """The broker has done what was asked, the connection breaks before the client hears of it.
@@ -319,6 +325,9 @@ class Proxy:
                 if kind is not None and self._loss and self._random.random() < self._loss:
                     self.dropped += 1
                     return
+                if kind == INIT_PRODUCER_ID and self._id_errors > 0:
+                    self._id_errors -= 1
+                    piece = piece[:ID_ERROR_AT] + self._id_error + piece[ID_ERROR_AT + 2 :]
                 await self._send(sink, self._with_a_flip(piece) if self._flips and len(piece) > LONG else piece)
 
     async def _sleep_until(self, moment: float) -> None:
