@@ -1657,9 +1657,9 @@ NO_TLS = (
 )
 NO_KAFKA = "{at} does not speak Kafka's protocol: "
 CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to one that it trusts"
-REFUSED = "{at} refuses the login: check user name and password, and for blanks or quotes around them"
+REFUSED = "{at} refuses the login: check user name, password, and whether quotes or blanks are around them"
 WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
-OTHER_MECHANISM = "{at} does not take this login: set KAFKA_SASL_MECHANISM to another one ({error})"
+OTHER_MECHANISM = "{at} has no such login: set another KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512)"
 START = ". To start one: docker compose up -d kafka, or python random_event_producer.py with KAFKA_BROKER=embedded"
 EARLY_END = Cause(
     "first request: .*disconnected",
@@ -1677,7 +1677,7 @@ CAUSES = (  # the first that fits
     Cause("issuer|self.signed", True, UNTRUSTED + "is from an unknown authority (CA); set KAFKA_SSL_CAFILE"),
     Cause("mismatch", True, UNTRUSTED + "is for another host name; address it by a name in the certificate"),
     Cause("VERIFY_FAILED", True, "{at} is not trusted: {error}"),
-    Cause("ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE)", True, "{at} requires another " + CERTIFICATE),
+    Cause("ALERT_(CERTIFICATE_REQUIRED|BAD_CERTIFICATE)", True, "{at} requires a " + CERTIFICATE),
     Cause("ALERT.*(CERT|_CA)", True, "{at} refuses this " + CERTIFICATE),
     Cause(r"SSL: (TLSV|SSLV3)|PROTOCOL", True, "{at} and this machine do not agree on TLS: {error}"),
     Cause("Handshake failed", False, NO_TLS),
@@ -1779,12 +1779,16 @@ class Network:
             start = int(frame[1]).to_bytes(4, "big", signed=True)
             text = "starts with TLS" if start[:2] == b"\x15\x03" else f"starts with {start.decode('latin-1')!r}"
         cause = next(cause for cause in CAUSES if re.search(cause.words, text))
-        sentence = cause.meaning.format(at=at, error=text.replace("KafkaConnectionError: ", ""))
-        if at not in self._answered and at not in self.servers:
-            sentence = f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
+        sentence = self._advertised(at, cause.meaning.format(at=at, error=text.replace("KafkaConnectionError: ", "")))
         before = self._met.get(at)
         times = before.times + 1 if before and before.cause is cause else 1
         self._met = {**self._met, at: Met(time.monotonic(), cause, sentence, times)}
+
+    def _advertised(self, at: str, sentence: str) -> str:
+        """With what to check, when the address comes from a broker and has never answered."""
+        if at in self._answered or at in self.servers:
+            return sentence
+        return f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
 
     def asks_for_login(self, at: str) -> bool:
         """Whether to find out if a login is wanted: after each other end at the first request."""
@@ -1846,7 +1850,7 @@ class Network:
             asked = [sent_at for _, _, sent_at, *_ in list(connection.in_flight_requests)[:1]]
             since = min(asked or [connection.made_at if connection.initializing else math.inf])
             if (waited := time.monotonic() - since) >= SLOW_SECONDS:
-                return f"{connection.at} is slow: no answer for {waited:.0f} s"
+                return self._advertised(connection.at, f"{connection.at} is slow: no answer for {waited:.0f} s")
         return ""
 
     def throttled(self) -> bool:
@@ -1896,15 +1900,25 @@ class Network:
         state = f"topic {self._topic} is not there"
         return Obstacle(state, f"{state} after {limit:g} s: create it, or set KAFKA_TOPIC", advice)
 
+    def _is_told(self, at: str) -> bool:
+        """Whether what was met there is worth a line: a lasting cause is told when it is believed, as the end."""
+        met = self._met.get(at)
+        return met is not None and (met.lasting or not met.cause.lasting)
+
     def kafka_obstacle(self, limit: float) -> Obstacle:
         """Kafka is not reached, or slow. Raises GiveUp for what waiting does not cure."""
         if lasting := self.lasting_cause():
             raise GiveUp(lasting)
-        slow, everywhere = self.slow(), all(server in self._met or server in self._answered for server in self.servers)
-        cause = self.recent_cause() or slow or f"{self.servers[0]} has not answered yet"
+        known = self.recent_cause() or self.slow()
+        cause = known or f"{self.servers[0]} has not answered yet"
         tip = next((met.cause.tip for met in self._met.values() if met.cause.tip), "")
-        line = f"Kafka is not there yet: {cause}. Waiting for it{tip}" if slow or everywhere else ""
-        return Obstacle(f"Kafka is not reached yet: {cause}", f"Kafka not reached in {limit:g} s: {cause}", line)
+        heard_of_all = all(server in self._answered or self._is_told(server) for server in self.servers)
+        line = f"Kafka is not there yet: {cause}. Waiting for it{tip}"
+        return Obstacle(
+            f"Kafka is not reached yet: {cause}",
+            f"Kafka not reached in {limit:g} s: {cause}",
+            line if known and (heard_of_all or self.slow()) else "",
+        )
 
 
 def login_options(settings: Settings) -> dict[str, Any]:

