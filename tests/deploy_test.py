@@ -278,7 +278,7 @@ def test_pod_settings_are_accepted_by_the_tool(kind: str, monkeypatch: pytest.Mo
     pods = spec["replicas"] if kind == "StatefulSet" else spec["completions"]
     values = {**manifests()["ConfigMap"]["data"], **{item["name"]: item.get("value") for item in container["env"]}}
     assert set(values) <= VARIABLES
-    monkeypatch.setitem(tool.Settings.model_config, "env_file", None)
+    monkeypatch.setattr(tool, "ENV_FILE", Path("no-such-file"))
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     shards = set()

@@ -332,7 +332,7 @@ def test_a_private_ca_is_good_enough(field_: Field, run_script: RunScript, stric
 
 def test_what_is_verified(field_: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Java, librdkafka and kafka-python do: the chain and the name, not how the authority wrote its certificate."""
-    monkeypatch.setitem(tool.Settings.model_config, "env_file", None)
+    monkeypatch.setattr(tool, "ENV_FILE", Path("no-such-file"))
     create = ssl.create_default_context
 
     def as_of_3_13(*arguments: object, **options: object) -> ssl.SSLContext:
