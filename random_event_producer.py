@@ -1648,7 +1648,7 @@ class Cause(NamedTuple):
     lasting: bool
     meaning: str  # with the address and the error
     tip: str = ""  # at the start of a run
-    times: int = LASTING_TIMES  # that it must be met in a row to be believed
+    times: int = 0  # that it must be met in a row to be believed; 0: LASTING_TIMES if it is lasting, else once
 
 
 UNTRUSTED = "{at} is not trusted: its certificate "
@@ -1665,6 +1665,7 @@ EARLY_END = Cause(
     "first request: .*disconnected",
     False,
     "{at} ends the connection at the first request: what is behind it is away, or it wants another protocol",
+    times=2,
 )
 CAUSES = (  # the first that fits
     Cause("Authentication|SCRAM|Scram", True, REFUSED),
@@ -1703,8 +1704,8 @@ class Met(NamedTuple):
     times: int  # in a row
 
     @property
-    def lasting(self) -> bool:
-        return self.cause.lasting and self.times >= self.cause.times
+    def believed(self) -> bool:
+        return self.times >= (self.cause.times or (LASTING_TIMES if self.cause.lasting else 1))
 
 
 class Obstacle(NamedTuple):
@@ -1725,7 +1726,7 @@ class Network:
     def __init__(self, settings: Settings, writes: bool = True) -> None:
         self.cluster: Any = None  # the client's picture of it
         self.servers = settings.bootstrap_servers
-        self._connections: dict[str, Any] = {}  # by address
+        self._connections: dict[object, Any] = {}  # by node id
         self._settings, self._renewed_at = settings, 0.0
         self._topic, self._rights = settings.kafka_topic, f"{'Write' if writes else 'Read'} and Describe"
         self._creates = writes
@@ -1758,11 +1759,11 @@ class Network:
             self.another_topic = True
         self._ids, self._partition_count = (pairs[0][0] or ids[0], pairs[1][0] or ids[1]), len(partitions)
 
-    def opened(self, connection: Any, at: str) -> None:
-        """`at`: host:port"""
-        self._connections = {**self._connections, at: connection}
+    def opened(self, node_id: object, connection: Any) -> None:
+        self._connections = {**self._connections, node_id: connection}
 
     def connected(self, node_id: object, at: str) -> None:
+        """`at`: host:port"""
         self._met = {address: met for address, met in self._met.items() if address != at}
         self._answered |= {at}
         if not self.cluster.is_bootstrap(node_id):
@@ -1771,7 +1772,7 @@ class Network:
     def closed(self, node_id: object, at: str, error: Exception | None, stage: str) -> None:
         """`stage`: what the connection was about when it ended."""
         self._connected -= {node_id}
-        self._connections = {address: one for address, one in self._connections.items() if address != at}
+        self._connections = {node: one for node, one in self._connections.items() if node != node_id}
         if error is None:
             return
         text = f"{stage}{error}" if at not in self._answered else str(error)  # who has answered needs no other settings
@@ -1888,7 +1889,7 @@ class Network:
         """Why waiting cures nothing: each address there is has its lasting cause. "" when it may."""
         brokers = [self.address(broker.node_id) for broker in self.cluster.brokers()] or self.servers
         met = [self._met.get(address) for address in brokers]
-        lasting = [one.sentence for one in met if one and one.lasting]
+        lasting = [one.sentence for one in met if one and one.cause.lasting and one.believed]
         return "; ".join(lasting) if len(lasting) == len(brokers) else ""
 
     def topic_obstacle(self, advice: str, limit: float) -> Obstacle:
@@ -1900,11 +1901,6 @@ class Network:
         state = f"topic {self._topic} is not there"
         return Obstacle(state, f"{state} after {limit:g} s: create it, or set KAFKA_TOPIC", advice)
 
-    def _is_told(self, at: str) -> bool:
-        """Whether what was met there is worth a line: a lasting cause is told when it is believed, as the end."""
-        met = self._met.get(at)
-        return met is not None and (met.lasting or not met.cause.lasting)
-
     def kafka_obstacle(self, limit: float) -> Obstacle:
         """Kafka is not reached, or slow. Raises GiveUp for what waiting does not cure."""
         if lasting := self.lasting_cause():
@@ -1912,7 +1908,8 @@ class Network:
         known = self.recent_cause() or self.slow()
         cause = known or f"{self.servers[0]} has not answered yet"
         tip = next((met.cause.tip for met in self._met.values() if met.cause.tip), "")
-        heard_of_all = all(server in self._answered or self._is_told(server) for server in self.servers)
+        met = {at for at, met in self._met.items() if met.believed}
+        heard_of_all = all(server in self._answered or server in met for server in self.servers)
         line = f"Kafka is not there yet: {cause}. Waiting for it{tip}"
         return Obstacle(
             f"Kafka is not reached yet: {cause}",
@@ -2138,7 +2135,7 @@ class _Manager(client_manager.KafkaConnectionManager):
         connection = super().get_connection(node_id, *args, **options)
         connection.__class__ = _Connection  # other clients in this process keep their own kind
         connection.manager, connection.at, connection.made_at = self, at, time.monotonic()
-        self.network.opened(connection, at)
+        self.network.opened(node_id, connection)
         return connection
 
 
@@ -2279,6 +2276,8 @@ class Producer(KafkaProducer):
         self.sent_again = 0  # how often a broker was handed an event that a broker had been handed before
         self.defect: Exception | None = None  # in one of the repairs
         self._sender.__class__, self._sender.producer = _Sender, self  # the client's constructor makes the plain one
+        # To look for a coordinator, which only transactions have, wedged it after one "ask again" for a producer id.
+        self._transaction_manager._lookup_coordinator = lambda *_: None
 
     def hand_over(self, bursts: dict[int, list[Event]]) -> list[Batch]:
         """By partition, in order; what new batches that made. send() went through locks and checks for each record."""
@@ -2311,6 +2310,8 @@ class Producer(KafkaProducer):
         self._sender.initiate_close()
         self._sender.join(seconds)
         self._sender.force_close()
+        with contextlib.suppress(RuntimeError):  # it has ended; else the wait for a connection would keep it
+            self._sender._client._net.call_soon_threadsafe(self._sender._client._manager.close)
         self._sender.join(2.0)
 
 
