@@ -109,7 +109,7 @@ EMBEDDED_ADDRESS = ("127.0.0.1", 9092)
 ENV_FILE = Path(__file__).with_name(".env")
 SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
 PROTOCOL = "kafka_security_protocol"
-OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time"}  # settings of one of the scripts
+OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time", "speed", "users"}  # settings of one of the scripts
 
 MAX_UNCONFIRMED = 10_000  # events; about 0.8 KB each
 STOP_GRACE_SECONDS = 6.0  # for what is on its way when a stop is asked for; with closing it stays under 10
@@ -135,6 +135,9 @@ EMBEDDED_SECONDS = 30.0  # for the embedded broker to listen
 HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
 REQUEST_TIMEOUT_SECONDS, MOST_REQUESTS = 5, 32  # for a request to /metrics to come, and how many are open at a time
 PIPE_BYTES = 4096  # what a pipe that has room takes at once (PIPE_BUF)
+
+
+Tell = Callable[[str], object]  # hears what is waited for
 
 
 class GiveUp(Exception):
@@ -551,7 +554,7 @@ class RandomEventProducer:
 
     To add a type, add its name to `event_types` and a branch to `_generate_metadata`, here or in a subclass given to
     `main`. A name that stands twice in `event_types` comes twice as often. A stream of another kind overrides
-    `next_event`, and `settings_type`, `from_settings` and `prepare` where it needs to.
+    `next_event`, and `settings_type`, `from_settings`, `pace`, `prepare` and `resume` where it needs to.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings
@@ -569,7 +572,7 @@ class RandomEventProducer:
         self.run = secrets.choice("abcdf") + secrets.token_hex(8)[1:]  # no number, as Kafka Connect may read it
         self.users = [user for user in range(1, 1001) if user % shard_count == shard_index]
         self._clock = clock
-        self._sequences = itertools.count(1)
+        self._sequences: Iterator[int] = itertools.count(1)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -577,6 +580,18 @@ class RandomEventProducer:
 
     def prepare(self, settings: Settings, stop: Stop, with_kafka: bool) -> None:
         """Called once, after Kafka is reached and before its topic is asked for. May raise GiveUp."""
+
+    def resume(self, settings: Settings, stop: Stop, tell: Tell) -> int:  # noqa: ARG002
+        """Called once, when the topic is there and nothing is sent yet: leave out what the topic has of this run.
+
+        How many events that is; they count for MAX_EVENTS. `tell` hears what is waited for, so that nobody thinks that
+        the run hangs. May raise GiveUp.
+        """
+        return 0
+
+    def pace(self, settings: Settings) -> Pace:
+        """When events are due."""
+        return Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
 
     def check_event_types(self) -> None:
         """Raises BadConfiguration that names each type without metadata. Draws nothing from the seeded stream."""
@@ -647,6 +662,8 @@ class RandomEventProducer:
 
 class Pace:
     """When events are due: start + n * interval, whatever a send takes (as wrk2 and k6 do)."""
+
+    goal = "as fast as possible"  # without an interval
 
     def __init__(self, interval: float, start: float, duration: float | None = None) -> None:
         self.interval = interval
@@ -879,7 +896,11 @@ class Sink:
         self._tally, self._stop = tally, stop
         self._waiting: deque[Event] = deque()  # taken in, and on their way nowhere
 
-    def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
+    def open(
+        self,
+        prepare: Callable[[], None] = lambda: None,
+        resume: Callable[[Tell], None] = lambda _: None,  # noqa: ARG002 (nothing to be read)
+    ) -> bool:
         """Get ready and `prepare()`. False when a stop is asked for; raises GiveUp."""
         prepare()
         self._tally.trouble = ""
@@ -954,8 +975,8 @@ class Delivery(Sink):
         self._refused = 0  # in a row
         self._watch = Watch()
 
-    def open(self, prepare: Callable[[], None] = lambda: None) -> bool:
-        """Connect, `prepare()`, wait for the topic."""
+    def open(self, prepare: Callable[[], None] = lambda: None, resume: Callable[[Tell], None] = lambda _: None) -> bool:
+        """Connect, `prepare()`, wait for the topic, `resume(tell)`."""
         settings, tally, network, began = self._settings, self._tally, self._network, time.monotonic()
         self._producer = producer = self._new_producer()
 
@@ -970,6 +991,7 @@ class Delivery(Sink):
         prepare()
         if not wait_until(lambda: bool(producer.partitions_for(self._topic))):
             return False
+        resume(tell)
         self._watch.begin()
         tally.trouble = ""
         return True
@@ -1183,6 +1205,8 @@ class Run:
         self, settings: Settings, stop: Stop, console: Console, generator: RandomEventProducer, printing: bool = False
     ) -> None:
         """`printing`: events go to standard output, and Kafka is not used."""
+        self._pace = generator.pace(settings)
+        settings = settings.model_copy(update={"interval_seconds": self._pace.interval})
         self._settings, self._stop, self._console, self._generator = settings, stop, console, generator
         self._printing = printing
         self._most = settings.max_events or sys.maxsize
@@ -1191,7 +1215,6 @@ class Run:
         self._tally = tally = Tally(generator.event_types)
         on_confirmed = self._log_event if log.isEnabledFor(self._level) else None
         self._sink = Printer(tally, stop) if printing else Delivery(settings, tally, stop, on_confirmed)
-        self._pace = Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
         self._made_until = time.monotonic()
         self._told_at, self._told_total = time.monotonic(), 0
 
@@ -1218,7 +1241,7 @@ class Run:
             stack.enter_context(metrics_server(self._settings, self._tally))
             stack.enter_context(self._progress_bar())
             stack.callback(self._sink.close)
-            if self._sink.open(self._prepare):
+            if self._sink.open(self._prepare, self._resume):
                 self._main_loop()
             self._sink.drain()
             self._advance_bar()
@@ -1226,6 +1249,11 @@ class Run:
     def _prepare(self) -> None:
         if not self._stop.requested:
             self._generator.prepare(self._settings, self._stop, with_kafka=not self._printing)
+
+    def _resume(self, tell: Tell) -> None:
+        self._most = max(0, self._most - self._generator.resume(self._settings, self._stop, tell))
+        if self._settings.max_events:
+            self._console.bar.total = self._most
 
     def _main_loop(self) -> None:
         pace, tally, sink, make = self._pace, self._tally, self._sink, self._generator.generate_event
@@ -1315,6 +1343,7 @@ class Run:
             self._log_total()
         # N events take N intervals, though the last is sent when N - 1 have passed.
         sending = max(self._made_until - self._pace.start, self._pace.slot * interval, 1e-9)
+        goal = f"of {_rate(1 / interval)} asked" if interval else self._pace.goal
         fields = {
             "sent": tally.total_sent,
             "failed": tally.total_failed,
@@ -1330,18 +1359,17 @@ class Run:
             "latency_max": round(tally.latency_max, 6),
             "run": self._generator.run,
         }
-        log.info("%s", summary_line(fields), extra={"fields": fields})
+        log.info("%s", summary_line(fields, goal), extra={"fields": fields})
 
 
-def summary_line(fields: dict[str, Any]) -> str:
-    """`fields` as in the JSON log."""
+def summary_line(fields: dict[str, Any], goal: str) -> str:
+    """`fields` as in the JSON log; `goal`: what the rate is to be measured against."""
     left = f" (sequences {fields['unconfirmed_sequences']})" if fields["unconfirmed_sequences"] else ""
     p50, p99, most = (1000 * fields[f"latency_{name}"] for name in ("p50", "p99", "max"))
-    asked = f"of {_rate(fields['rate_asked'])} asked" if fields["rate_asked"] else "as fast as possible"
     return (
         f"Stopped: sent {fields['sent']}, failed {fields['failed']}, unconfirmed {fields['unconfirmed']}{left}, sent "
         f"again {fields['sent_again']}, skipped {fields['skipped']} in {fields['seconds']:.1f} s, "
-        f"{_rate(fields['rate'])} {asked}, confirmed within p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
+        f"{_rate(fields['rate'])} {goal}, confirmed within p50 {p50:.1f} ms, p99 {p99:.1f} ms, "
         f"max {most:.1f} ms, run {fields['run']}"
     )
 

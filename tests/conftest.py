@@ -22,7 +22,8 @@ from brokers import HOST, ApacheKafka, NoApacheKafkaError, Tansu, apache_jars, j
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = re.compile(
-    r"(KAFKA|INTERVAL|MAX|DURATION|CONNECT|SHARD|METRICS|LOG|TIMEOUT|START|END)_.*|SEED|START", re.IGNORECASE
+    r"(KAFKA|INTERVAL|MAX|DURATION|CONNECT|SHARD|METRICS|LOG|TIMEOUT|START|END)_.*|SEED|START|SPEED|USERS",
+    re.IGNORECASE,
 )
 PATIENCE = 30.0
 EMBEDDED = f"{HOST}:9092"  # where the embedded broker is
