@@ -2053,13 +2053,12 @@ class _TcpTransport(_LastWords, KafkaTCPTransport): ...
 
 
 class _TlsTransport(_LastWords, KafkaSSLTransport):
-    async def handshake(self) -> None:
+    async def handshake(self) -> Any:
         """A TLS handshake had no time limit."""
         end = time.monotonic() + SETUP_SECONDS
         while True:
             try:
-                self._sock.do_handshake()
-                return
+                return self._sock.do_handshake()
             except ssl.SSLWantReadError:
                 await self._net.wait_read(self._sock, timeout_at=end)
             except ssl.SSLWantWriteError:
@@ -2218,11 +2217,9 @@ def _write(accumulator: Any, place: TopicPartition, events: Sequence[Event]) -> 
 
 
 class _Sender(Sender):
-    """A refused record, or a broker that has lost its log, is not the end.
-
-    One batch of a partition is on its way at a time, so its sequences can be put right on the spot. A batch that may be
-    stored never gives its sequences to another, and a retry stays under the producer id that it was first sent with.
-    """
+    """A refused record, or a broker that has lost its log, is not the end: one batch of a partition is on its way at a
+    time. A batch that may be stored never gives its sequences to another, and a retry stays under the producer id that
+    it was first sent with."""
 
     producer: Producer
 
@@ -2304,8 +2301,9 @@ class Producer(KafkaProducer):
         self.sent_again = 0  # how often a broker was handed an event that a broker had been handed before
         self.defect: Exception | None = None  # in one of the repairs
         self._sender.__class__, self._sender.producer = _Sender, self  # the client's constructor makes the plain one
-        # To look for a coordinator, which only transactions have, wedged it after one "ask again" for a producer id.
-        self._transaction_manager._lookup_coordinator = lambda *_: None
+        self._transaction_manager._lookup_coordinator = lambda *_: (
+            None
+        )  # only transactions have one; else it was wedged
 
     def hand_over(self, bursts: dict[int, list[Event]]) -> list[Batch]:
         """By partition, in order; what new batches that made. send() went through locks and checks for each record."""
