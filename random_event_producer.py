@@ -2180,9 +2180,8 @@ class Batch(ProducerBatch):
 
     def __init__(self, place: TopicPartition, records: MemoryRecordsBuilder) -> None:
         super().__init__(place, records)
-        self.events: list[Event] = []
+        self.events, self.halves = list[Event](), list[Batch]()  # what it was split into
         self.known = True  # to the main thread, which then may add events
-        self.halves: list[Batch] = []  # what it was split into
         self.handed_over = 0  # how many of its events a broker was handed already
 
     def take(self, events: Sequence[Event]) -> int:
