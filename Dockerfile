@@ -1,6 +1,6 @@
 FROM python:3.13-slim
 
-ARG VERSION=1.1.0
+ARG VERSION=1.2.0
 LABEL org.opencontainers.image.title="random-event-producer" \
       org.opencontainers.image.description="Sends random user events to a Kafka topic and accounts for every one of them" \
       org.opencontainers.image.version="${VERSION}" \

@@ -101,7 +101,7 @@ except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 log = logging.getLogger("random_event_producer")
 
@@ -1159,7 +1159,7 @@ class Delivery(Sink):
 
     def close(self) -> None:
         if self._producer:
-            self._producer.end(0.0 if self.unconfirmed else 1.0)
+            self._producer.end(0.0 if self.unconfirmed else 0.5)
             self._collect()
         super().close()
 
