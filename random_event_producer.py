@@ -883,7 +883,7 @@ class Watch:
         of_all = now - self.progress >= STALLED_SECONDS
         cause, seconds = self._cause or "why is not known", now - self.progress if of_all else max(stalled.values())
         self._lost_at = self._lost_at or now - seconds
-        of = "" if of_all else f" of {partitions_text(stalled)}"
+        of = "" if of_all or -1 in stalled else f" of {partitions_text(stalled)}"
         what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
         log.warning(what, of, seconds, cause, unconfirmed)
         return f"no confirmation{of} for {seconds:.0f} s: {cause}"
@@ -1832,7 +1832,7 @@ class Network:
         self._renewed_at = time.monotonic()
         try:
             return login_options(type(self._settings).load())
-        except BadConfiguration:  # half written
+        except (BadConfiguration, Clash):  # half written
             return {}
 
     def refused(self, error: Exception) -> None:
