@@ -214,6 +214,8 @@ class RandomChurnProducer(RandomEventProducer):
         times = () if self.live else (("START_TIME", self.start), ("END_TIME", self.end))
         known = [f" {name}={tool.iso_format(at)}Z" for name, at in times if at != sys.maxsize]
         log.info("SEED=%s%s", self.seed, "".join(known))
+        if settings.speed and not (settings.seed and settings.start_time):
+            log.info("To go on with this run after a restart, set SEED and START_TIME to these")
         if settings.start_time is None:
             return
         if settings.shard_count > 1:
@@ -242,7 +244,7 @@ class RandomChurnProducer(RandomEventProducer):
         try:
             past = PastReader(settings, self.run, stop, tell).read()
         except AuthorizationError as error:
-            former, self.run = self.run, secrets.token_hex(8)
+            former, self.run = self.run, RandomEventProducer().run
             log.warning(
                 f"Topic {topic} cannot be read ({type(error).__name__}), so what it has of run {former} is not known: "
                 f"all events are sent, as run {self.run}. To resume, grant this user Read"
@@ -262,11 +264,12 @@ class RandomChurnProducer(RandomEventProducer):
 
     def _leave_out(self, past: Past, settings: Any, stop: tool.Stop) -> int:
         """How many events of the run, up to MAX_EVENTS, are left out. Raises GiveUp when the topic has another one."""
-        topic, most, bounds, kept, left_out = settings.kafka_topic, settings.max_events, past.bounds(self.users), [], 0
+        topic, most, kept, left_out = settings.kafka_topic, settings.max_events, list[tuple[int, Moment]](), 0
+        bounds, values = past.bounds(self.users), past.values
         for sequence, moment in zip(range(1, past.top + 1), self._moments, strict=False):
             if stop.requested:
                 return 0
-            if (value := past.values.get(sequence)) and not _tells(value, moment):
+            if (value := values.get(sequence)) and not _tells(value, moment):
                 raise tool.GiveUp(
                     f"event {self.run}:{sequence} in topic {topic} is not as these settings make it: another version, "
                     "subclass or machine has. Set another KAFKA_TOPIC, or another SEED"
@@ -391,7 +394,8 @@ class ClockPace(tool.Pace):
         if lag and self._speed == 1:
             log.info("At SPEED=1 the model's clock stays %s behind the real one; SPEED=inf sends that at once", lag)
         elif lag and self._speed < math.inf:
-            log.info("The model's clock is %s behind the real one, for %s", lag, lag / (self._speed - 1))
+            until = timedelta(seconds=round(lag / timedelta(seconds=self._speed - 1)))
+            log.info("The model's clock is %s behind the real one; at SPEED=%g that takes %s", lag, self._speed, until)
         return self._generator.stamps()
 
     def _ahead(self, wall: float) -> float:
@@ -505,7 +509,7 @@ class PastReader:
         """`tell` hears what is waited for."""
         self._settings, self._run, self._stop, self._tell = settings, run, stop, tell
         self._topic, self._network = settings.kafka_topic, tool.Network(settings)
-        self._read = 0  # records
+        self._read, self._told_at = 0, time.monotonic()  # records
         self._consumer = KafkaConsumer(
             **tool.client_options(settings, self._network),
             auto_offset_reset="earliest",
@@ -532,11 +536,19 @@ class PastReader:
             return PastReader(self._settings, self._run, self._stop, self._tell).read()
         return past
 
+    def _partitions(self) -> list[TopicPartition]:
+        """Of the topic, which is there; none after a stop."""
+        cluster, began = self._network.cluster, time.monotonic()
+        cluster.set_topics([self._topic])
+        known = functools.partial(cluster.partitions_for_topic, self._topic)
+        tool.await_topic(known, self._network, self._settings, self._stop.asked, began, self._tell)
+        return [TopicPartition(self._topic, number) for number in known() or ()]
+
     def _read_backwards(self) -> Past:
         """Ever longer tails of the partitions, until each has shown the run, or all that there is."""
         window, ends = TAIL_RECORDS, dict[TopicPartition, int]()
         while not (ends or self._stop.requested):
-            self._consumer.poll(READ_MS)
+            self._poll()
             ends = self._ends()
         while True:
             past = Past(self._run, {place.partition: end for place, end in ends.items()})
@@ -547,23 +559,12 @@ class PastReader:
                 return past
             window *= 10
 
-    def _partitions(self) -> list[TopicPartition]:
-        """Of the topic, which is there; none after a stop."""
-        cluster, began = self._network.cluster, time.monotonic()
-        cluster.set_topics([self._topic])
-        known = functools.partial(cluster.partitions_for_topic, self._topic)
-        tool.await_topic(known, self._network, self._settings, self._stop.asked, began, self._tell)
-        return [TopicPartition(self._topic, number) for number in known() or ()]
-
     def _read_to_end(self, past: Past) -> None:
         """Until nothing of the run has come in for STILL_SECONDS, and then to where the partitions ended."""
-        ends: dict[TopicPartition, int] = {}
-        news = told_at = time.monotonic()
-        others = math.inf
+        news, ends, others = time.monotonic(), dict[TopicPartition, int](), math.inf
         while not self._stop.requested:
-            batches, ends_now = self._consumer.poll(READ_MS, READ_RECORDS), self._ends()
-            now, self._read = time.monotonic(), self._read + sum(map(len, batches.values()))
-            if sum(past.add(record) for batch in batches.values() for record in batch):
+            records, ends_now, now = self._poll(), self._ends(), time.monotonic()
+            if sum(map(past.add, records)):
                 news, ends = now, {}
                 if now > others:
                     log.warning("Another process sends run %s to topic %s: this one waits", self._run, self._topic)
@@ -571,10 +572,19 @@ class PastReader:
                 return
             if others == math.inf and self._is_read(ends_now):
                 others = now + OTHERS_SECONDS
-            if now - told_at >= tool.TOTAL_SECONDS:
-                told_at = now
-                self._say(bool(batches))
-            self._tell(f"looking for run {self._run} in topic {self._topic}")
+
+    def _poll(self) -> list[Any]:
+        """The next records, in each partition's order."""
+        records = [*itertools.chain(*self._consumer.poll(READ_MS, READ_RECORDS).values())]
+        self._read += len(records)
+        self._tell(f"looking for run {self._run} in topic {self._topic}")
+        if (now := time.monotonic()) - self._told_at >= tool.TOTAL_SECONDS:
+            self._told_at = now
+            if not records and (cause := self._network.recent_cause() or self._network.slow()):
+                log.warning("Topic %s cannot be read yet: %s. Waiting for it", self._topic, cause)
+            else:
+                log.info("Looking for run %s in topic %s: %d events read", self._run, self._topic, self._read)
+        return records
 
     def _ends(self) -> dict[TopicPartition, int]:
         """Where each partition ends, as the last answer said; nothing until each has told."""
@@ -584,13 +594,6 @@ class PastReader:
     def _is_read(self, ends: dict[TopicPartition, int]) -> bool:
         positions = ((self._consumer.position(place, READ_MS) or 0, end) for place, end in ends.items())
         return bool(ends) and all(position >= end for position, end in positions)
-
-    def _say(self, goes_on: bool) -> None:
-        cause = self._network.recent_cause() or self._network.slow()
-        if cause and not goes_on:
-            log.warning("Topic %s cannot be read yet: %s. Waiting for it", self._topic, cause)
-        else:
-            log.info("Looking for run %s in topic %s: %d events read", self._run, self._topic, self._read)
 
 
 def keep_topic(settings: Settings, first: int) -> bool:

@@ -250,7 +250,8 @@ def test_the_run_is_found_far_back_in_each_partition(
     apache: ApacheKafka, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tails are read, ever longer ones; others' records lie behind ours, by their thousands in one partition only."""
-    monkeypatch.setattr(churn, "TAIL_RECORDS", 10)
+    for name, least in (("TAIL_RECORDS", 10), ("READ_RECORDS", 50), ("STILL_SECONDS", 0)):
+        monkeypatch.setattr(churn, name, least)
     create_topic(apache.direct, topic, 3)
     run, users = secrets.token_hex(8), [user_of(number, 3) for number in range(3)]
     write(apache.direct, topic, [raw(run, number, users[number % 3]) for number in range(1, 31)])
@@ -416,7 +417,10 @@ def test_the_past_comes_at_the_speed_asked_for_and_ends() -> None:
     assert time.time() - begin >= 12 * 3600 / 20_000
     assert done.stdout.splitlines() == printed(**settings, INTERVAL_SECONDS=0)
     assert re.search(r"skipped 0 in .*/s by the model's clock", done.stderr)
-    assert re.search(r"The model's clock is \d+ days, .* behind the real one, for \d+:", done.stderr)
+    assert re.search(
+        r"(?m)The model's clock is \d+ days, .* behind the real one; at SPEED=20000 that takes \d:\d\d:\d\d$",
+        done.stderr,
+    )
 
 
 def test_no_event_comes_before_its_time(run_script: RunScript) -> None:
@@ -435,17 +439,8 @@ def test_no_event_comes_before_its_time(run_script: RunScript) -> None:
 def test_the_clock_of_a_speed_stays_behind_or_catches_up() -> None:
     """Due when the model's clock shows it; and that is never ahead of the real one."""
 
-    class Told(RandomChurnProducer):
-        def moments(self) -> Iterator[churn.Moment]:
-            return iter([(at * churn.SECOND, 1, "bounce", {}, "") for at in times])
-
     now = int(time.time())
-    times = [now - 1000, now - 990, now - 100, now + 3, now + 20]
-    generator = Told("clock")
-    generator.backfill(datetime.fromtimestamp(now - 1000, UTC), None)
-    pace = churn.ClockPace(generator, 101, None)
-    pace.begin(start := time.monotonic())
-    lag = time.time() - now
+    pace, start, lag = told_pace(now, [-1000, -990, -100, 3, 20])
     assert pace.take(start, 10) == [start]
     assert pace.due() == pytest.approx(start + 10 / 101, abs=1e-3)
     assert pace.take(start + 0.09, 10) == []
@@ -456,6 +451,28 @@ def test_the_clock_of_a_speed_stays_behind_or_catches_up() -> None:
     assert pace.due() == pytest.approx(start + 1003 / 101, abs=0.5)
     assert pace.due() > time.monotonic() + now + 3 - time.time() - 0.01
     assert lag < 5
+
+
+def test_the_clock_of_a_resumed_run_starts_where_it_stopped() -> None:
+    pace, start, _ = told_pace(int(time.time()), [-500, -490, 20], resumed_at=-500)
+    assert pace.take(start, 10) == [start]
+    assert pace.due() == pytest.approx(start + 10 / 101, abs=1e-3)
+
+
+def told_pace(now: int, times: list[int], resumed_at: int | None = None) -> tuple[churn.ClockPace, float, float]:
+    """At SPEED=101 with events so many seconds after now, from -1000 on; when it began, and how late that was."""
+
+    class Told(RandomChurnProducer):
+        def moments(self) -> Iterator[churn.Moment]:
+            return iter([((now + at) * churn.SECOND, 1, "bounce", {}, "") for at in times])
+
+    generator = Told("clock")
+    generator.backfill(datetime.fromtimestamp(now - 1000, UTC), None)
+    if resumed_at is not None:
+        generator.resumed_at = (now + resumed_at) * churn.SECOND
+    pace = churn.ClockPace(generator, 101, None)
+    pace.begin(start := time.monotonic())
+    return pace, start, time.time() - now
 
 
 def seed_with_events(start: datetime, soon: float, until: float) -> str:
