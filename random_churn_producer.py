@@ -39,7 +39,7 @@ from datetime import UTC, datetime, timedelta
 from statistics import NormalDist
 from typing import Annotated, Any, Self
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]  # which `python -I` leaves out
 
 import random_event_producer as tool
 from random_event_producer import DEVICES, PAGES, PRODUCTS, REFERRERS, RandomEventProducer, Settings, log
@@ -696,7 +696,6 @@ def observe(generator: RandomChurnProducer, most: int, stop: tool.Stop) -> tuple
 
 
 def print_labels(generator: RandomChurnProducer, script: tool.Script) -> int:
-    """print who has left by the end of the run, as CSV, and the best score that a model can reach"""
     settings, stop = script.settings, script.stop
     needed = {"SEED": settings.seed, "MAX_EVENTS or END_TIME": settings.max_events or settings.end_time}
     needed |= {"START_TIME": settings.start_time} if settings.speed else {}
@@ -716,6 +715,10 @@ def print_labels(generator: RandomChurnProducer, script: tool.Script) -> int:
     gone = [record.state is GONE for record in records.values()]
     script.console.line(f"{len(gone)} users, {sum(gone)} gone; {best_possible(scores, gone)}")
     return 0
+
+
+# Assigned, so that --help has it under `python -OO`, too.
+print_labels.__doc__ = "print who has left by the end of the run, as CSV, and the best score that a model can reach"
 
 
 def best_possible(scores: Sequence[float], gone: Sequence[bool]) -> str:

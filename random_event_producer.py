@@ -34,7 +34,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (whoever starts it with an older o
     print("Python 3.11 or later is needed", file=sys.stderr)
     raise SystemExit(2)
 
-if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.abspath(__file__)):
+_started = getattr(sys.modules["__main__"], "__file__", None)  # `python -c` has none
+if _started and os.path.dirname(os.path.realpath(_started)) == os.path.dirname(os.path.realpath(__file__)):
     # One of our scripts starts. The libraries' warnings are for their authors, and `python -W error` would end in them.
     warnings.simplefilter("ignore")
     # A stop while the libraries load: nothing was made or judged, which may be a failure.
@@ -48,6 +49,7 @@ import functools
 import gc
 import html
 import http.server
+import io
 import itertools
 import logging
 import math
@@ -106,7 +108,7 @@ __version__ = "1.2.0"
 log = logging.getLogger("random_event_producer")
 
 EMBEDDED_ADDRESS = ("127.0.0.1", 9092)
-ENV_FILE = Path(__file__).with_name(".env")
+ENV_FILE = Path(__file__).resolve().with_name(".env")
 SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
 PROTOCOL = "kafka_security_protocol"
 OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time", "speed", "users"}  # settings of one of the scripts
@@ -128,6 +130,7 @@ CONNECT_SECONDS = 10.0  # for a name to be looked up and a connection to be made
 SETUP_SECONDS, REQUEST_SECONDS = 30, 30
 LASTING_TIMES = 3  # in a row at an address: what waiting does not cure is believed
 SLOW_SECONDS = 3.0  # without an answer: it is told, and another bootstrap server is tried too
+RENEWAL_SECONDS = 5.0  # between two looks at the login on disk, while a connection does not come about
 RECENT_SECONDS = 15.0  # what went wrong on a connection is thought to go on for so long
 REFUSED_IN_A_ROW, REFUSED_SECONDS = 5, 5.0  # events, and no confirmation for so long: give up
 BATCH_TRIES = 5  # of a batch with an error that may be a passing one
@@ -234,29 +237,39 @@ def read_variables(names: Iterable[str], warn: Callable[[str], object]) -> dict[
     An empty value is none. `warn` hears of lines and names that look like a mistake. Raises BadConfiguration.
     """
     names, given = list(names), dict[str, str]()
-    try:
-        if os.access(SECRETS_FOLDER, os.X_OK):
-            given |= {name: path.read_text().strip() for name in names if (path := SECRETS_FOLDER / name).exists()}
-        if ENV_FILE.is_file():
-            given |= _read_env_file(warn)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadConfiguration(f"settings cannot be read: {getattr(error, 'filename', ENV_FILE)}: {error}") from None
+    if os.access(SECRETS_FOLDER, os.X_OK):
+        files = {name: SECRETS_FOLDER / name for name in names}
+        given |= {name: _read(path).rstrip("\r\n") for name, path in files.items() if path.exists()}
+    if ENV_FILE.is_file():
+        given |= _values(_read(ENV_FILE), warn)
     given |= {name.lower(): value for name, value in os.environ.items() if value}
-    for name in given.keys() - names - OTHER_NAMES:
+    for name in sorted(given.keys() - names - OTHER_NAMES):
         for near in difflib.get_close_matches(name, names, 1, 0.9):
             warn(f"{name.upper()} is not a setting: is {near.upper()} meant?")
     return {name: value for name, value in given.items() if name in names and value}
 
 
-def _read_env_file(warn: Callable[[str], object]) -> dict[str, str]:
-    """Each value as it stands there: a password may have `${` in it."""
-    given = {}
-    with ENV_FILE.open(encoding="utf-8") as stream:
-        for line in parse_stream(stream):
-            if line.key and line.value:
-                given[line.key.lower()] = line.value
-            elif line.error or (line.key and line.value is None):
-                warn(f"{ENV_FILE}, line {line.original.line}: not NAME=value, so it counts for nothing")
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise BadConfiguration(f"settings cannot be read: {path}: {why}") from None
+
+
+def _values(text: str, warn: Callable[[str], object]) -> dict[str, str]:
+    """Those of a `.env` file, each as it stands there: a password may have `${` in it."""
+    given, wrong = {}, []
+    for line in parse_stream(io.StringIO(text)):
+        whole = line.original.string
+        if line.key and line.value:
+            # In single quotes, as in Docker's, a backslash is one: the parser takes two for one.
+            quoted = re.match(r"[^=]*=[^\S\n]*'((?:\\.|[^'\\])*)'", whole, re.DOTALL)
+            given[line.key.lower()] = quoted[1].replace("\\'", "'") if quoted else line.value
+        elif line.error or (line.key and line.value is None):
+            wrong.append(line.original.line + whole.partition(whole.strip())[0].count("\n"))
+    if wrong:
+        warn(f"{ENV_FILE}, line {format_ranges(ranges_of(wrong))}: not NAME=value, so it counts for nothing")
     return given
 
 
@@ -1755,7 +1768,8 @@ class Network:
         self.cluster: Any = None  # the client's picture of it
         self.servers = settings.bootstrap_servers
         self._connections: dict[object, Any] = {}  # by node id
-        self._settings, self._renewed_at = settings, 0.0
+        self._settings, self._looked_at = settings, 0.0
+        self._renewed: dict[str, Any] = {}  # of the client's options
         self._topic, self._rights = settings.kafka_topic, f"{'Write' if writes else 'Read'} and Describe"
         self._creates = writes
         self._not_created = f"and {'Kafka' if writes else 'reading'} does not create it"
@@ -1825,15 +1839,15 @@ class Network:
         return bool(met and met.cause is EARLY_END and met.times % 2)
 
     def renewed_login(self, at: str) -> dict[str, Any]:
-        """Certificates and passwords as they are now, once they were refused: they may have been renewed on disk."""
-        met = self._met.get(at)
-        if not met or not met.cause.lasting or met.when <= self._renewed_at:
-            return {}
-        self._renewed_at = time.monotonic()
-        try:
-            return login_options(type(self._settings).load())
-        except (BadConfiguration, Clash):  # half written
-            return {}
+        """Certificates and passwords, which may be renewed on disk: read again once a connection has failed."""
+        now = time.monotonic()
+        if at in self._met and now >= self._looked_at + RENEWAL_SECONDS:
+            self._looked_at = now
+            try:
+                self._renewed = login_options(type(self._settings).load())
+            except (BadConfiguration, Clash) as problems:  # half written, perhaps
+                log.warning("The settings on disk cannot be used: %s", "; ".join(str(problems).splitlines()))
+        return self._renewed
 
     def refused(self, error: Exception) -> None:
         """A broker has answered a batch with an error."""
@@ -2392,11 +2406,11 @@ def run_script(
             return 0
         settings = settings_type.load(not given & set(offline), warnings.append)
         start_logging(settings, console)
-        for warning in warnings:
-            log.warning("%s", warning)
+        while warnings:
+            log.warning("%s", warnings.pop(0))
         return work(Script(settings, given, stop, console))
     except BadConfiguration as problems:
-        console.line(str(problems))
+        console.line("\n".join([*warnings, str(problems)]))
         return 2
     except Exception as reason:
         log_reason(reason)

@@ -45,7 +45,7 @@ except ImportError as missing:
     print(f"{missing}. Install the packages: pip install -r requirements.txt, or start with uv run", file=sys.stderr)
     raise SystemExit(2) from None
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]  # which `python -I` leaves out
 
 import random_event_producer as tool
 from random_event_producer import GiveUp, Stop, key_hash, log, setting

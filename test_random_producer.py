@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]  # which `python -I` leaves out
 
 from random_event_producer import (
     BadConfiguration,

@@ -135,7 +135,7 @@ class Certificates:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(files.ca))
         broker = authority.issue_cert(*names)
-        files.broker.write_bytes(_pkcs8(broker) + _chain(broker))
+        files.broker.write_bytes(keystore(broker))
         client = authority.issue_cert("client.test", common_name="client")
         files.client.write_bytes(_chain(client))
         files.client_key.write_bytes(_pkcs8(client))
@@ -149,6 +149,11 @@ class Certificates:
             "ssl.truststore.location": str(self.ca),
             "ssl.principal.mapping.rules": r"RULE:^.*(CN=[^,]+).*$/$1/,DEFAULT",
         }
+
+
+def keystore(certificate: trustme.LeafCert) -> bytes:
+    """Key and chain, as Kafka reads them from one PEM file."""
+    return _pkcs8(certificate) + _chain(certificate)
 
 
 def _pkcs8(certificate: trustme.LeafCert) -> bytes:

@@ -73,7 +73,7 @@ class Proxy:
         self._flips = 0
         self._late: tuple[float, float, int | None] = 0, 0, None
         self._start = 0.0
-        self._fatal: Callable[[int], bool] = lambda _: False
+        self._fatal: Callable[[bytes], bool] = lambda _: False
         self._fatal_times = sys.maxsize
         self._resetting = False
         self._id_error, self._id_errors = b"", 0
@@ -124,12 +124,16 @@ class Proxy:
 
     def end_at(self, kind: int, times: int = 1, reset: bool = False) -> None:
         """The next requests of that kind are not passed on: each time the connection ends, or is reset."""
-        self._do(self._change(_fatal=lambda asked: asked == kind, _fatal_times=times, _resetting=reset))
+        self._do(self._change(_fatal=lambda request: _kind(request) == kind, _fatal_times=times, _resetting=reset))
 
     def stand_in(self) -> None:
         """As a proxy that knows Kafka's protocol and whose broker is away: ApiVersions is answered (it must be there
         for that), at anything else the connection ends."""
-        self._do(self._change(_fatal=lambda asked: asked != API_VERSIONS))
+        self._do(self._change(_fatal=lambda request: _kind(request) != API_VERSIONS))
+
+    def end_at_words(self, words: bytes) -> None:
+        """Where a request has these in it: as a broker that refuses a password without a word."""
+        self._do(self._change(_fatal=lambda request: words in request))
 
     def refuse_producer_ids(self, error: int, times: int = sys.maxsize) -> None:
         """The answers to so many requests for one say that error (a number of Kafka's; versions 2 and later)."""
@@ -294,7 +298,7 @@ class Proxy:
             if self.recording:
                 event_ids = _event_ids(frame)
                 self.requests.append(Request(self._loop.time(), talk.connection, _kind(frame), event_ids))
-            if self._fatal_times > 0 and self._fatal(_kind(frame)):
+            if self._fatal_times > 0 and self._fatal(frame):
                 self._fatal_times -= 1
                 talk.end(self._resetting)
                 return True
