@@ -395,7 +395,8 @@ class ClockPace(tool.Pace):
             log.info("At SPEED=1 the model's clock stays %s behind the real one; SPEED=inf sends that at once", lag)
         elif lag and self._speed < math.inf:
             until = timedelta(seconds=round(lag / timedelta(seconds=self._speed - 1)))
-            log.info("The model's clock is %s behind the real one; at SPEED=%g that takes %s", lag, self._speed, until)
+            told = "The model's clock is %s behind the real one; at SPEED=%g it catches up in %s"
+            log.info(told, lag, self._speed, until)
         return self._generator.stamps()
 
     def _ahead(self, wall: float) -> float:

@@ -125,7 +125,7 @@ SLOW_LINGER_MS, FAST_LINGER_MS, FULL_SPEED_LINGER_MS = 0, 50, 100
 BURST_EVENTS = 500  # between two looks at confirmations and signals
 CREATION_SECONDS = 3.0  # that Kafka may take to create a topic by itself
 CATCH_UP_SECONDS = 1.0  # a longer delay is skipped instead
-CONNECT_SECONDS = 10.0  # for a name to be looked up and a connection to be made
+CONNECT_SECONDS = 5.0  # for a connection to an address to be made; then the next one of its name is tried
 # As patient as Java's client: for connection, TLS, login and the first answer together; and for each further answer.
 SETUP_SECONDS, REQUEST_SECONDS = 30, 30
 LASTING_TIMES = 3  # in a row at an address: what waiting does not cure is believed
@@ -2079,13 +2079,21 @@ class _TlsTransport(_LastWords, KafkaSSLTransport):
                 await self._net.wait_write(self._sock, timeout_at=end)
 
 
-def _look_up_shuffled(self: Any, host: str, port: int, **options: Any) -> list[Any]:
-    """The first address of a name, when it was silent, was the end of each try."""
-    addresses = _look_up(self, host, port, **options)
-    return random.sample(addresses, len(addresses))
+async def _create_connection(
+    net: NetworkSelector, host: str, port: int, options: Any, proxy_url: str | None, timeout_at: float
+) -> Any:
+    """The first address of a name, when it was silent, was the end of each try, and had all the time."""
+    factory, error = KafkaNetSocket(proxy_url), errors.KafkaConnectionError("DNS Resolution failure")
+    for address in factory.dns_lookup(host, port):
+        try:
+            soon = min(timeout_at, time.monotonic() + CONNECT_SECONDS)
+            return await factory.connect(net, address, options, timeout_at=soon)
+        except (OSError, KafkaError) as cause:
+            error = errors.KafkaConnectionError(f"unable to connect: {cause}")
+    raise error
 
 
-_look_up, KafkaNetSocket.dns_lookup = KafkaNetSocket.dns_lookup, _look_up_shuffled
+client_manager.create_connection = _create_connection
 client_manager.KafkaTCPTransport, client_manager.KafkaSSLTransport = _TcpTransport, _TlsTransport
 
 
@@ -2163,10 +2171,6 @@ class _Manager(client_manager.KafkaConnectionManager):
         """Asking for metadata that is asked for already woke the network thread at once: a core while Kafka is away."""
         asked = self.cluster._future
         return asked if self.cluster._need_update and asked and not asked.is_done else self._request_update()
-
-    async def _build_transport(self, node: Any, timeout_at: float) -> Any:
-        """A silent address had all the time that a slow broker may need once it is connected."""
-        return await super()._build_transport(node, min(timeout_at, time.monotonic() + CONNECT_SECONDS))
 
     def get_connection(self, node_id: object, *args: Any, **options: Any) -> Any:
         if node_id in self._conns:

@@ -779,7 +779,7 @@ def test_a_reader_that_has_gone(flag: str) -> None:
         timeout=30,
         check=False,
     )
-    assert done.returncode == 0
+    assert done.returncode == int(flag == "--print")  # what standard output did not take is unconfirmed
     assert len(done.stdout.splitlines()) == 2
     assert not re.search("Traceback|ERROR|Exception", done.stderr)
 

@@ -542,7 +542,7 @@ def test_a_port_that_speaks_http(field_: Field, run_script: RunScript) -> None:
 
 
 def test_a_port_that_speaks_http_and_waits_for_a_line(run_script: RunScript) -> None:
-    """Others wait for the end of the line (Python's, Go's), and so for ever."""
+    """Others wait for the end of the line (Python's, Go's), and so for ever: they look like a slow Kafka."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -554,8 +554,7 @@ def test_a_port_that_speaks_http_and_waits_for_a_line(run_script: RunScript) -> 
         script = run_script(TOOL, **at(f"{HOST}:{server.server_port}", CONNECT_TIMEOUT_SECONDS=SILENT - 7))
         assert script.wait(SILENT) == 1
         server.shutdown()
-    # Python's own answers a line that it does not understand with a bare page, as before HTTP/1.0.
-    assert re.search(rf"{HOST}:{server.server_port} .*(HTTP|no Kafka|not Kafka)", warnings(script)[-1]), script.tail()
+    assert re.search(rf"{HOST}:{server.server_port} is slow: no answer for", warnings(script)[-1]), script.tail()
 
 
 NO_KAFKA_WORDS = "no Kafka|not Kafka|does not speak Kafka"
@@ -599,31 +598,23 @@ def test_connections_closed_at_once(field_: Field, run_script: RunScript) -> Non
 # -------------------------------------------------------------------------------------------------- wrong credentials
 
 ODD_LOGINS = {
-    "line break": (sasl(password=f"{PASSWORD}\n"), "password.*ends.*(white space|line break)"),
-    "leading space": (sasl(password=f" {PASSWORD}"), "password.*begins.*white space"),
-    "quotes": (sasl(password=f'"{PASSWORD}"'), "password.*quot"),
-    "single quotes": (sasl(password=f"'{PASSWORD}'"), "password.*quot"),
-    "user name": (sasl("alice "), "(user name|KAFKA_SASL_USERNAME).*ends.*white space"),
-    "scram": (sasl(password=f"{PASSWORD}\n", mechanism="SCRAM-SHA-256"), "password.*ends.*(white space|line break)"),
+    "line break": sasl(password=f"{PASSWORD}\n"),
+    "leading space": sasl(password=f" {PASSWORD}"),
+    "quotes": sasl(password=f'"{PASSWORD}"'),
+    "single quotes": sasl(password=f"'{PASSWORD}'"),
+    "user name": sasl("alice "),
+    "scram": sasl(password=f"{PASSWORD}\n", mechanism="SCRAM-SHA-256"),
 }
 
 
-@pytest.mark.parametrize("case", ODD_LOGINS)
-def test_a_secret_with_something_around_it(field_: Field, run_script: RunScript, case: str) -> None:
-    """It was pasted, or echoed into a file; the value itself is not shown."""
-    settings, words = ODD_LOGINS[case]
+@pytest.mark.parametrize("settings", ODD_LOGINS.values(), ids=ODD_LOGINS)
+def test_a_secret_with_something_around_it(field_: Field, run_script: RunScript, settings: Settings) -> None:
+    """It was pasted, or echoed into a file: the line says to look for that; the value itself is not shown."""
     script = run_script(TOOL, CONNECT_TIMEOUT_SECONDS=5, **field_.settings("SASL", **settings))
     assert script.wait(IN_TIME) == 1
     line = warnings(script)[-1]
-    assert re.search(f"(?i)refuses the login.*{words}", line), line
+    assert re.search("refuses the login: check user name, password, and whether quotes or blanks", line), line
     assert PASSWORD not in script.stderr + script.stdout
-
-
-def test_a_plain_wrong_password_is_not_called_odd(field_: Field, run_script: RunScript) -> None:
-    script = run_script(TOOL, **field_.settings("SASL", **sasl(password='it\'s "in" here')))
-    assert script.wait(IN_TIME) == 1
-    assert re.search("refuses the login", warnings(script)[-1]), script.tail()
-    assert not re.search("white space|quot|line break", script.stderr), script.tail()
 
 
 # ----------------------------------------------------------------------------------------- several bootstrap servers

@@ -418,7 +418,7 @@ def test_the_past_comes_at_the_speed_asked_for_and_ends() -> None:
     assert done.stdout.splitlines() == printed(**settings, INTERVAL_SECONDS=0)
     assert re.search(r"skipped 0 in .*/s by the model's clock", done.stderr)
     assert re.search(
-        r"(?m)The model's clock is \d+ days, .* behind the real one; at SPEED=20000 that takes \d:\d\d:\d\d$",
+        r"(?m)The model's clock is \d+ days, .* behind the real one; at SPEED=20000 it catches up in \d:\d\d:\d\d$",
         done.stderr,
     )
 
