@@ -1699,7 +1699,12 @@ NO_TLS = (
 NO_KAFKA = "{at} does not speak Kafka's protocol: "
 CERTIFICATE = "client certificate: set KAFKA_SSL_CERTFILE and KAFKA_SSL_KEYFILE to one that it trusts"
 REFUSED = "{at} refuses the login: check user name, password, and whether quotes or blanks are around them"
-WANTS_LOGIN = "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL"
+WANTS_LOGIN = Cause(
+    "wants a login",
+    True,
+    "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL",
+    times=1,
+)
 OTHER_MECHANISM = "{at} has no such login: set another KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512)"
 START = ". To start one: docker compose up -d kafka, or python random_event_producer.py with KAFKA_BROKER=embedded"
 EARLY_END = Cause(
@@ -1729,7 +1734,7 @@ CAUSES = (  # the first that fits
     Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no question; check KAFKA_BROKER"),
     Cause("IncompatibleBrokerVersion", True, "{at} is a Kafka controller, or too old: set KAFKA_BROKER to a broker"),
     EARLY_END,
-    Cause("wants a login", True, WANTS_LOGIN, times=1),
+    WANTS_LOGIN,
     Cause("IllegalSaslState", True, "{at} takes no login (SASL): set KAFKA_SECURITY_PROTOCOL to PLAINTEXT or SSL"),
     Cause("UnsupportedSaslMechanism", True, OTHER_MECHANISM),
     Cause("", False, "{at} ends the connection ({error})"),
@@ -1834,9 +1839,9 @@ class Network:
         return f"a broker advertises {at} as its address, but {sentence}; check its advertised.listeners"
 
     def asks_for_login(self, at: str) -> bool:
-        """Whether to find out if a login is wanted: after each other end at the first request."""
+        """Whether to find out if a login is wanted: after each other end at the first request, and while it is."""
         met = self._met.get(at)
-        return bool(met and met.cause is EARLY_END and met.times % 2)
+        return bool(met and (met.cause is WANTS_LOGIN or (met.cause is EARLY_END and met.times % 2)))
 
     def renewed_login(self, at: str) -> dict[str, Any]:
         """Certificates and passwords, which may be renewed on disk: read again once a connection has failed."""
