@@ -73,7 +73,8 @@ def read(settings: ChurnSettings, labels: Labels, chosen: str) -> tuple[str, Run
     wanted, runs = sum(int(row["events"]) for row in labels), defaultdict[str, Run](dict)
     consumer = KafkaConsumer(**client_options(settings), auto_offset_reset="earliest")
     for record in held(consumer, settings.kafka_topic):
-        name, _, sequence = dict(record.headers).get("event_id", b"").decode().partition(":")
+        event_id = dict(record.headers).get("event_id") or b""
+        name, _, sequence = event_id.decode(errors="replace").partition(":")
         if chosen in ("", name) and sequence.isdigit() and int(sequence) <= wanted:
             event = orjson.loads(record.value)
             runs[name][int(sequence)] = event["user_id"], record.timestamp / 1000, event["event_type"]

@@ -457,7 +457,9 @@ def test_state_is_the_one_after_the_last_event_sent(quarter_labels: dict[int, Ro
 def test_labels_of_nobody_gone() -> None:
     done = finish("--labels", SEED="a", MAX_EVENTS=5)
     assert done.stderr == "1000 users, 0 gone; best possible AUC none, log loss 0.0000\n"
-    assert len(done.stdout.splitlines()) == 1001
+    rows = done.stdout.splitlines()
+    assert len(rows) == 1001
+    assert sum(",0,0,,engaged," in row for row in rows) >= 995, "last_sequence is a number without events too"
 
 
 def test_the_line_on_standard_error_is_the_score_of_the_rows(quarter_labels: dict[int, Row]) -> None:
