@@ -826,7 +826,7 @@ def sequence(record: Any) -> int:
 
 def test_the_model_finds_the_run_that_the_labels_are_of(run_script: RunScript, broker: Broker, topic: str) -> None:
     """Among others in the topic: a later one, and one that goes on for longer; with shards each has its own."""
-    create_topic(broker.direct, topic, 3)
+    create_topic(broker.direct, topic, 3, config={"retention.ms": "-1"})
     shards = {"SHARD_COUNT": 2, "SHARD_INDEX": 1}
     others: list[dict[str, Any]] = [{}, {**shards, "END_TIME": "2026-05-14"}, {"SEED": "another"}]
     runs = []
