@@ -6,7 +6,8 @@
 
 Two producers share the users; a proxy cuts them off from the broker (the embedded one) for a while. Each query of the
 dashboard is put to Prometheus, and it is an error when one has no answer or does not show the outage. Grafana itself
-is not needed. Takes four minutes.
+is not needed: units, colours and texts are drawn as it draws those of the dashboard; only the mark of the outage is
+added. Takes four minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class Panel:
     title: str
     kind: str  # stat or timeseries
     place: dict[str, int]  # x, y, w, h; 24 columns
-    unit: str
-    stacked: bool
+    field: dict[str, Any]  # unit, color, thresholds, mappings
+    options: dict[str, Any]
     series: Series
 
 
@@ -133,7 +134,7 @@ class Prometheus:
 
 def run() -> tuple[list[Panel], float, float, float]:
     """The panels, and the moments of the beginning, the outage and its end."""
-    ports = [free_port() for _ in PACES]
+    ports = sorted(free_port() for _ in PACES)  # the order of Prometheus' answers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         (folder / "reviews.py").write_text(GENERATOR)
@@ -184,9 +185,8 @@ def panels(prometheus: Prometheus, began: float, names: dict[str, str]) -> list[
                 for label, value in found["metric"].items():
                     legend = legend.replace(f"{{{{{label}}}}}", names.get(value, value))
                 series[legend] = [(float(at), float(value)) for at, value in found["values"]]
-        defaults = panel["fieldConfig"]["defaults"]
-        stacked = "stacking" in defaults.get("custom", {})
-        made.append(Panel(panel["title"], panel["type"], panel["gridPos"], defaults["unit"], stacked, series))
+        field = panel["fieldConfig"]["defaults"]
+        made.append(Panel(panel["title"], panel["type"], panel["gridPos"], field, panel["options"], series))
     return made
 
 
@@ -218,8 +218,11 @@ def check(made: list[Panel], began: float, cut: float, back: float) -> None:
 
 # -------------------------------------------------------------------------------------------------------- the picture
 
-INK, MUTED, GRID, PAPER, CARD, OUTAGE_COLOUR = "#d5d9e0", "#8b93a1", "#31363f", "#16181d", "#1f2228", "#e06c75"
-LINES = ("#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#b877d9")
+# Colours of Grafana's dark theme; the lines are the first of its classic palette.
+INK, WHITE, MUTED, GRID, PAPER, CARD = "#ccccdc", "#f7f8fa", "#8e8e9b", "#2c3037", "#111217", "#181b1f"
+NAMED = {"text": INK, "green": "#73bf69", "orange": "#ff9830", "red": "#f2495c"}
+LINES = ("#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c")
+OUTAGE_COLOUR = "#e06c75"
 STYLE = {
     "font.size": 7,
     "font.family": "DejaVu Sans",
@@ -233,54 +236,84 @@ STYLE = {
     "xtick.color": MUTED,
     "ytick.color": MUTED,
 }
-SUFFIX = {"s": " s", "reqps": "/s"}
+SECONDS = ((60, "mins"), (1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
-def number(value: float, unit: str) -> str:
-    return (f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.2g}") + SUFFIX.get(unit, "")
+def plain(value: float) -> str:
+    """Three significant digits, or all of a whole number."""
+    return f"{value:.{0 if value == round(value) else max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def seconds(value: float) -> str:
+    size, name = next((row for row in SECONDS if value >= row[0]), (1, "s"))
+    return "1 min" if value == 60 else f"{plain(value / size)} {name}"
+
+
+# A unit of the dashboard -> a value as Grafana 12.1 writes it (its package @grafana/data says so).
+UNITS: dict[str, Callable[[float], str]] = {
+    "none": plain,
+    "locale": lambda value: f"{value:,.3f}".rstrip("0").removesuffix("."),  # as an English browser has it
+    "s": seconds,
+    "suffix:events/s": lambda value: f"{plain(value)} events/s",
+}
 
 
 def stat(axes: Any, panel: Panel) -> None:
-    """The last value, as large as Grafana shows it."""
+    """The last value: as its mapping, its series' name or its unit says, in the colour of its threshold."""
     legend, line = next(iter(panel.series.items()))
     last = line[-1][1]
-    text = {"Connected": "yes" if last else "no", "Version": legend}.get(panel.title) or number(last, panel.unit)
+    mapped = {float(key): to["text"] for row in panel.field.get("mappings", ()) for key, to in row["options"].items()}
+    text = legend if panel.options.get("textMode") == "name" else mapped.get(last) or UNITS[panel.field["unit"]](last)
+    steps = panel.field.get("thresholds", {}).get("steps", ())
+    reached = [step["color"] for step in steps if step["value"] is None or last >= step["value"]]
+    colour = NAMED[reached[-1] if reached else panel.field["color"]["fixedColor"]]
     axes.set_axis_off()
     axes.add_patch(plt.Rectangle((0, 0), 1, 1, transform=axes.transAxes, color=CARD))
-    good = {"Connected": last == 1, "Failed": last == 0}.get(panel.title)
-    colour = INK if good is None else LINES[0] if good else OUTAGE_COLOUR
-    axes.text(0.5, 0.36, text, transform=axes.transAxes, ha="center", va="center", size=15, weight="bold", color=colour)
-    axes.text(0.06, 0.83, panel.title, transform=axes.transAxes, va="center", size=7, color=INK)
+    if panel.options["colorMode"] == "background":  # the tile below its title
+        shade = [0.85 * part for part in mpl.colors.to_rgb(colour)]
+        axes.add_patch(plt.Rectangle((0, 0), 1, 0.7, transform=axes.transAxes, color=shade))
+        colour = WHITE
+    axes.text(0.5, 0.34, text, transform=axes.transAxes, ha="center", va="center", size=15, weight="bold", color=colour)
+    axes.text(0.06, 0.85, panel.title, transform=axes.transAxes, va="center", size=7, color=INK)
 
 
-def graph(axes: Any, panel: Panel, began: float, cut: float, back: float) -> None:
-    axes.axvspan(cut - began, back - began, color=OUTAGE_COLOUR, alpha=0.13, lw=0)
-    lines = {legend: ([at - began for at, _ in line], [v for _, v in line]) for legend, line in panel.series.items()}
-    if panel.stacked:
-        times = next(iter(lines.values()))[0]
-        by_time = [[dict(zip(*line, strict=True)).get(at, 0) for at in times] for line in lines.values()]
-        axes.stackplot(times, by_time, labels=lines, alpha=0.55, lw=0.6)
-        axes.text((cut + back) / 2 - began, axes.get_ylim()[1] / 2, "Kafka away", ha="center", color=OUTAGE_COLOUR)
-    else:
-        for legend, line in lines.items():
-            axes.plot(*line, lw=1.1, label=legend)
+def lines(axes: Any, panel: Panel) -> None:
+    """Each on the sum of those before it if the panel is stacked."""
+    custom = panel.field["custom"]
+    below: dict[float, float] = {}
+    for legend, line in panel.series.items():
+        times = [at for at, _ in line]
+        floor = [below.get(at, 0.0) for at in times]
+        values = [value + base for (_, value), base in zip(line, floor, strict=True)]
+        (drawn,) = axes.plot(times, values, lw=1, label=legend)
+        axes.fill_between(times, floor, values, color=drawn.get_color(), alpha=custom["fillOpacity"] / 100, lw=0)
+        if "stacking" in custom:
+            below |= dict(zip(times, values, strict=True))
+
+
+def graph(axes: Any, panel: Panel, cut: float, back: float) -> None:
+    lines(axes, panel)
+    axes.axvspan(cut, back, color=OUTAGE_COLOUR, alpha=0.13, lw=0)
+    if panel.place["x"] == 0:  # once in a row
+        axes.text((cut + back) / 2, axes.get_ylim()[1] / 2, "Kafka away", ha="center", color=OUTAGE_COLOUR)
     axes.set_title(panel.title, loc="left", size=7, color=INK)
-    axes.set_xlim(0, max(times[-1] for times, _ in lines.values()))
+    times = [at for line in panel.series.values() for at, _ in line]
+    axes.set_xlim(min(times), max(times))
     axes.set_ylim(0)
     axes.grid(lw=0.4)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(length=0, labelsize=6)
     axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(60))
-    axes.xaxis.set_major_formatter(lambda at, _: f"{at / 60:g} min")
-    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
-    axes.yaxis.set_major_formatter(lambda value, _: number(value, panel.unit))
+    axes.xaxis.set_major_formatter(lambda at, _: time.strftime("%H:%M", time.localtime(at)))
+    axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(lambda value, _: UNITS[panel.field["unit"]](value))
     place = {"loc": "upper left", "bbox_to_anchor": (0, -0.12), "ncols": 4, "borderpad": 0, "borderaxespad": 0}
-    shape = {"handlelength": 1, "columnspacing": 1.2, "handletextpad": 0.5, "frameon": False}
+    shape = {"handlelength": 1, "columnspacing": 1, "handletextpad": 0.5, "frameon": False}
     axes.legend(**place, **shape, fontsize=6, labelcolor=MUTED)
 
 
-def draw(made: list[Panel], began: float, cut: float, back: float) -> None:
+def draw(made: list[Panel], cut: float, back: float) -> None:
     height = max(panel.place["y"] + panel.place["h"] for panel in made)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(8.5, 0.29 * height))
@@ -290,15 +323,15 @@ def draw(made: list[Panel], began: float, cut: float, back: float) -> None:
                 inside = (x / 24 + 0.006, 1 - (y + h) / height + 0.012, w / 24 - 0.012, h / height - 0.024)
                 stat(figure.add_axes(inside), panel)
             else:
-                inside = (x / 24 + 0.05, 1 - (y + h) / height + 0.07, w / 24 - 0.065, h / height - 0.115)
-                graph(figure.add_axes(inside), panel, began, cut, back)
+                inside = (x / 24 + 0.081, 1 - (y + h) / height + 0.07, w / 24 - 0.096, h / height - 0.115)
+                graph(figure.add_axes(inside), panel, cut, back)
         figure.savefig(PICTURE, dpi=200)
 
 
 def main() -> int:
     made, began, cut, back = run()
     check(made, began, cut, back)
-    draw(made, began, cut, back)
+    draw(made, cut, back)
     queries = sum(len(panel.series) for panel in made)
     print(f"{len(made)} panels, {queries} series, all with data; the outage of {back - cut:.0f} s is seen")
     print(f"{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1024:.0f} KiB")
