@@ -137,6 +137,7 @@ BATCH_TRIES = 5  # of a batch with an error that may be a passing one
 EMBEDDED_SECONDS = 30.0  # for the embedded broker to listen
 HUNG_SECONDS = 30.0  # without a turn of the loop: it hangs
 REQUEST_TIMEOUT_SECONDS, MOST_REQUESTS = 5, 32  # for a request to /metrics to come, and how many are open at a time
+READING_SECONDS = 0.05  # in which a request that has come is read, whoever comes after it
 PIPE_BYTES = 4096  # what a pipe that has room takes at once (PIPE_BUF)
 
 
@@ -1562,24 +1563,27 @@ class _MetricsHandler(prometheus.MetricsHandler):
 
 
 class _MetricsServer(http.server.ThreadingHTTPServer):
+    request_queue_size = 512  # who finds it full tries again after a second: too late for a probe
+
     def __init__(self, host: str, port: int, tally: Tally) -> None:
         self.tally, self.registry = tally, prometheus.CollectorRegistry()
         self.registry.register(tally)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._open: deque[socket.socket] = deque()  # connections, the oldest first
+        self._open: dict[socket.socket, float] = {}  # connections, the oldest first, and since when (monotonic)
         super().__init__((host, port), _MetricsHandler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Who asks nothing gives way to who comes: a file and a thread for each would be all there are."""
-        self._open.append(request)
-        if len(self._open) > MOST_REQUESTS:
-            with contextlib.suppress(OSError, IndexError):
-                self._open.popleft().shutdown(socket.SHUT_RDWR)
+        self._open[request] = time.monotonic()
+        for oldest, since in list(self._open.items())[:-MOST_REQUESTS]:
+            time.sleep(max(0.0, since + READING_SECONDS - time.monotonic()))
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+            self._open.pop(oldest, None)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        with contextlib.suppress(ValueError):
-            self._open.remove(request)
+        self._open.pop(request, None)
         super().shutdown_request(request)
 
     def server_bind(self) -> None:
