@@ -2088,15 +2088,12 @@ class _TlsTransport(_LastWords, KafkaSSLTransport):
                 await self._net.wait_write(self._sock, timeout_at=end)
 
 
-async def _create_connection(
-    net: NetworkSelector, host: str, port: int, options: Any, proxy_url: str | None, timeout_at: float
-) -> Any:
+async def _create_connection(net: Any, host: str, port: int, options: Any, proxy_url: Any, timeout_at: float) -> Any:
     """The first address of a name, when it was silent, was the end of each try, and had all the time."""
     factory, error = KafkaNetSocket(proxy_url), errors.KafkaConnectionError("DNS Resolution failure")
     for address in factory.dns_lookup(host, port):
         try:
-            soon = min(timeout_at, time.monotonic() + CONNECT_SECONDS)
-            return await factory.connect(net, address, options, timeout_at=soon)
+            return await factory.connect(net, address, options, min(timeout_at, time.monotonic() + CONNECT_SECONDS))
         except (OSError, KafkaError) as cause:
             error = errors.KafkaConnectionError(f"unable to connect: {cause}")
     raise error

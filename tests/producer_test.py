@@ -873,15 +873,6 @@ def test_embedded_end_to_end(run_script: RunScript) -> None:
     assert not listens(EMBEDDED)
 
 
-@pytest.mark.usefixtures("own_port")
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
-def test_embedded_broker_ends_when_the_script_is_killed(run_script: RunScript) -> None:
-    script = run_script(PRODUCER, KAFKA_BROKER="embedded")
-    script.wait_for("Event sent")
-    script.kill()
-    wait_until(lambda: not listens(EMBEDDED), 10, "the broker has ended")
-
-
 def test_embedded_port_taken(run_script: RunScript) -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

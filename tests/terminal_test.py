@@ -30,6 +30,7 @@ from producer_test import LINE, PRODUCER, SAMPLES, events, instant, nothing_ther
 from prometheus_client.parser import text_string_to_metric_families
 
 AUDITOR = "test_random_consumer.py"
+CHURN = "random_churn_producer.py"
 Process = subprocess.Popen[bytes]
 Launch = Callable[..., Process]
 
@@ -314,13 +315,47 @@ def test_results_that_cannot_be_written(
 @pytest.mark.parametrize("unbuffered", BUFFERING)
 @pytest.mark.parametrize("command", OUTPUTS, ids=" ".join)
 def test_head_ends_it_quietly(feed: dict[str, Any], command: list[str], unbuffered: str) -> None:
+    """Only events count: of those of --print some are made that nobody has taken."""
     settings = {**feed, "INTERVAL_SECONDS": 0.01}
-    if command[-1] == "--print":  # without an end of its own
+    if command[-1] == "--print":  # without an end of its own, which may come first
         settings["MAX_EVENTS"] = ""
     done = in_shell('"$@" | head -n 1', command, PYTHONUNBUFFERED=unbuffered, **settings)
-    code = int(command[-1] == "--print")  # what standard output did not take is unconfirmed
-    assert (done.returncode, len(done.stdout.splitlines())) == (code, 1), done.stderr
+    assert (done.returncode, len(done.stdout.splitlines())) == (int("--print" in command), 1), done.stderr
     assert not re.search("Traceback|Exception ignored|Pipe|standard output", done.stderr)
+
+
+# Settings of --print, who reads, the exit code, and whether events are left unconfirmed.
+READERS: dict[str, tuple[dict[str, Any], str, int, bool]] = {
+    "a burst and more": ({"INTERVAL_SECONDS": 0}, "head -n 3", 1, True),
+    "slow and more": ({"INTERVAL_SECONDS": 0.05}, "head -n 3", 1, True),
+    "of a count": ({"INTERVAL_SECONDS": 0.05, "MAX_EVENTS": 50}, "head -n 3", 1, True),
+    "of a time": ({"INTERVAL_SECONDS": 0.05, "DURATION_SECONDS": 60}, "head -n 3", 1, True),
+    "as many as are wanted": ({"INTERVAL_SECONDS": 0, "MAX_EVENTS": 3}, "head -n 3", 0, False),
+    "all": ({"INTERVAL_SECONDS": 0, "MAX_EVENTS": 300}, "cat", 0, False),
+}
+
+
+@pytest.mark.parametrize("name", [PRODUCER, CHURN])
+@pytest.mark.parametrize("case", READERS)
+def test_what_standard_output_has_not_taken_is_unconfirmed(name: str, case: str) -> None:
+    """So the exit code is 1, with a limit and without."""
+    settings, reader, code, left = READERS[case]
+    done = in_shell(f'"$@" | {reader}', [name, "--print"], **settings)
+    summary = re.search(r"Stopped: sent \d+, failed 0, unconfirmed (\d+)", done.stderr)
+    assert summary, done.stderr
+    assert (done.returncode, int(summary[1]) > 0) == (code, left), done.stderr
+
+
+@pytest.mark.parametrize("name", [PRODUCER, CHURN])
+@pytest.mark.parametrize(("limit", "code"), [({}, 0), ({"MAX_EVENTS": 500}, 1)], ids=["no limit", "limit"])
+def test_ctrl_c_loses_nothing_that_was_printed(
+    run_script: RunScript, name: str, limit: dict[str, Any], code: int
+) -> None:
+    script = run_script(name, "--print", INTERVAL_SECONDS=0.05, **limit)
+    script.wait_for('"user_id"')
+    script.signal()
+    assert script.wait(10) == code
+    assert summary(script)["unconfirmed"] == 0
 
 
 @pytest.mark.parametrize("command", [[PRODUCER, "--print"], [AUDITOR]], ids=" ".join)
