@@ -2260,9 +2260,8 @@ class _Sender(Sender):
     def _complete_batch(self, batch: Batch, answer: Any) -> None:
         """What another producer has stored, under the same id but in another cluster, passed for this batch."""
         state, error = self._transaction_manager, errors.for_code(answer.error_code)
-        known = 0 <= answer.base_offset <= state.last_acked_offset(batch.topic_partition)
-        known = known and error is errors.NoError and state.producer_id_and_epoch.match(batch)
-        if known or (error is errors.DuplicateSequenceNumberError and not batch.in_retry()):
+        last = state.last_acked_offset(batch.topic_partition) if state.producer_id_and_epoch.match(batch) else -1
+        if 0 <= answer.base_offset <= last or (error is errors.DuplicateSequenceNumberError and not batch.in_retry()):
             self.producer.network.another_topic = True  # then all that is unconfirmed is sent by a new client
             self._maybe_remove_from_inflight_batches(batch)
         else:
