@@ -1535,7 +1535,7 @@ def start_logging(settings: Settings, console: Console) -> None:
 
 SERVED = {
     "/metrics": "counters for Prometheus",
-    "/healthz": "200 while the loop turns over",
+    "/healthz": "200 while the main loop runs",
     "/readyz": "200 while Kafka confirms events, else 503 with the reason",
 }
 PAGE = """<!doctype html>
