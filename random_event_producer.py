@@ -1598,7 +1598,7 @@ class _MetricsServer(http.server.ThreadingHTTPServer):
 def _answer(path: str, tally: Tally) -> tuple[int, str, str]:
     """Status, content type and text."""
     age = time.monotonic() - tally.turned_at
-    hung = f"the loop has not turned over for {age:.0f} s" if age > HUNG_SECONDS else ""
+    hung = f"the main loop has stood still for {age:.0f} s" if age > HUNG_SECONDS else ""
     state = hung or tally.trouble
     if path == "/":
         told = f"Not ready: {state}" if state else f"Kafka confirms events: {tally.total_sent} so far"
