@@ -341,9 +341,9 @@ def test_what_standard_output_has_not_taken_is_unconfirmed(name: str, case: str)
     """So the exit code is 1, with a limit and without."""
     settings, reader, code, left = READERS[case]
     done = in_shell(f'"$@" | {reader}', [name, "--print"], **settings)
-    summary = re.search(r"Stopped: sent \d+, failed 0, unconfirmed (\d+)", done.stderr)
-    assert summary, done.stderr
-    assert (done.returncode, int(summary[1]) > 0) == (code, left), done.stderr
+    told = re.search(r"Stopped: sent \d+, failed 0, unconfirmed (\d+)", done.stderr)
+    assert told, done.stderr
+    assert (done.returncode, int(told[1]) > 0) == (code, left), done.stderr
 
 
 @pytest.mark.parametrize("name", [PRODUCER, CHURN])
