@@ -187,21 +187,26 @@ def test_secrets_that_may_not_be_listed_and_are_not_needed(
     assert len(read_all(tansu.direct, topic)) == 1
 
 
+def test_a_secret_that_is_needed_and_may_not_be_read(as_a_stranger: Any) -> None:
+    script = as_a_stranger(f"chmod 0400 /run/secrets/{SECRET}", KAFKA_BROKER=nothing_there(), **LOGIN)
+    assert script.wait() == 2, script.tail()
+    assert script.stderr_lines == [f"settings cannot be read: /run/secrets/{SECRET}: Permission denied"]
+
+
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("mode", "code", "line"),
     [
-        pytest.param("chmod 0700 /run/secrets", "/run/secrets", id="0700"),
-        pytest.param("chmod 0711 /run/secrets", "/run/secrets", id="0711"),
-        pytest.param(f"chmod 0400 /run/secrets/{SECRET}", f"/run/secrets/{SECRET}", id="file"),
+        pytest.param("0711", 1, f"not reached in 1 s: nothing listens at {HOST}", id="may be entered"),
+        pytest.param("0700", 2, f"^{SECRET.upper()}: not set, needed", id="may not be entered"),
     ],
 )
-def test_a_secret_that_is_needed_and_may_not_be_read(as_a_stranger: Any, change: str, named: str) -> None:
-    script = as_a_stranger(change, KAFKA_BROKER=nothing_there(), **LOGIN)
-    assert script.wait() == 2, script.tail()
-    (line,) = script.stderr_lines
-    assert re.search(rf"{named}\b", line)
-    assert "Permission denied" in line
-    assert "hunter2" not in line
+def test_a_secret_in_a_folder_that_may_not_be_listed(as_a_stranger: Any, mode: str, code: int, line: str) -> None:
+    """Whoever may enter it finds the secret by its name."""
+    settings = {"KAFKA_BROKER": nothing_there(), "CONNECT_TIMEOUT_SECONDS": 1, **LOGIN}
+    script = as_a_stranger(f"chmod {mode} /run/secrets", **settings)
+    assert script.wait() == code, script.tail()
+    assert re.search(line, script.stderr, re.MULTILINE), script.tail()
+    assert "hunter2" not in script.stderr
 
 
 # ----------------------------------------------------------------------------------------- addresses, and the page

@@ -244,7 +244,7 @@ FOREIGN = re.findall(
     KAFKA_SASL_JAAS_CONFIG KAFKA_SASL_MECHANISM_INTER_BROKER_PROTOCOL KAFKA_SSL_KEYSTORE_LOCATION
     KAFKA_SSL_KEY_CREDENTIALS KAFKA_COMPRESSION_TYPE KAFKA_AUTO_CREATE_TOPICS_ENABLE KAFKA_CFG_NODE_ID
     KAFKA_CLIENT_USERS KAFKA_ENABLE_KRAFT KAFKA_METRICS_ENABLED LOG_DIR LOG_LEVEL_ROOT LOGNAME COMPOSE_PROFILES
-    COMPOSE_PROJECT_NAME METRICS_SERVICE_HOST MAX_JOBS SEEDS INTERVAL START TIMEOUT_SECONDS START_TIME END_TIME
+    COMPOSE_PROJECT_NAME METRICS_SERVICE_HOST MAX_JOBS SEEDS INTERVAL START SPEED USERS TIMEOUT_SECONDS START_TIME END_TIME
     STARTED SHARD TOPIC BROKER HOSTNAME PATH_MAX
     """,
 )
@@ -299,6 +299,17 @@ def test_quotes(value: str, text: str, tmp_path: Path, monkeypatch: pytest.Monke
     told: list[str] = []
     read = tool.read_variables(["max_events", "seed", "log_level", "metrics_port"], told.append)
     assert (read, told) == ({"max_events": "1", "seed": value, "log_level": value, "metrics_port": "1"}, [])
+
+
+def test_quotes_as_they_are_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = re.findall(r"^\| `NAME=(.*?)` \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE)
+    monkeypatch.setattr(tool, "ENV_FILE", tmp_path / ".env")
+    monkeypatch.delenv("SEED", raising=False)
+    read = []
+    for text in rows:
+        (tmp_path / ".env").write_text(f"SEED={text}\n")
+        read.append(tool.read_variables(["seed"], print)["seed"])
+    assert read == [r'a${b} "c" #d\e', r'a${b}"c"#d\e', "a\tb"]
 
 
 # ---------------------------------------------------------------------------------------------------- secret files
