@@ -60,6 +60,7 @@ import select
 import socket
 import ssl
 import subprocess
+import textwrap
 import threading
 import time
 from bisect import bisect_left, bisect_right
@@ -419,7 +420,8 @@ class Settings(BaseModel):
         rows = []
         for name, field in cls.model_fields.items():
             default = "none" if field.default is None else str(field.default)
-            rows.append(f"  {name.upper():24} {default:15} {field.description} ({cls._allowed(name)})")
+            meaning = textwrap.wrap(f"{field.description} ({cls._allowed(name)})", 58)
+            rows += [f"  {name.upper():23} {default:15} {meaning[0]}", *(f"{'':42}{line}" for line in meaning[1:])]
         return "\n".join(rows)
 
 
@@ -2431,8 +2433,9 @@ def _told(about: str, settings_type: type[Settings], flags: dict[str, str], give
     name = Path(sys.argv[0]).name
     if "--help" in given:
         usage = f"Usage: python {name} {' '.join(f'[{flag}]' for flag in flags)}"
+        text = "\n\n".join(textwrap.fill(paragraph, 100) for paragraph in about.strip().split("\n\n"))
         table = "\n".join(f"  {flag:12} {meaning}" for flag, meaning in flags.items())
-        return f"{usage}\n\n{about.strip()}\n\n{table}\n\nVariables:\n{settings_type.table()}"
+        return f"{usage}\n\n{text}\n\n{table}\n\nVariables:\n{settings_type.table()}"
     if "--version" in given:
         return f"{name} {__version__}"
     return orjson.dumps(SCHEMA, option=orjson.OPT_INDENT_2).decode() if "--schema" in given else ""
