@@ -157,13 +157,19 @@ def test_a_history_cut_ten_times_is_the_uncut_one(start: Start, apache: ApacheKa
     assert "unconfirmed 0" in last.tail(1)
 
 
-def test_a_complete_history_sends_nothing_again(start: Start, apache: Broker, topic: str) -> None:
-    succeeds(start(**WEEK))
-    again = start(**WEEK)
+def test_a_complete_history_sends_nothing_again(run_script: RunScript, broker: Broker, topic: str) -> None:
+    kafka = {"KAFKA_BROKER": broker.bootstrap, "KAFKA_TOPIC": topic}
+    for most in (700, 1400):
+        succeeds(run_script(SCRIPT, **WEEK, **kafka, MAX_EVENTS=most))
+    succeeds(run_script(SCRIPT, **WEEK, **kafka))
+    again = run_script(SCRIPT, **WEEK, **kafka)
     succeeds(again)
     again.wait_for(f"{NOTHING_LEFT}.*KAFKA_TOPIC")
     again.wait_for("Stopped: sent 0, failed 0, unconfirmed 0")
-    assert values(apache, topic) == printed(**WEEK)
+    assert values(broker, topic) == printed(**WEEK)
+    audited = run_script("test_random_consumer.py", "--json", **kafka, TIMEOUT_SECONDS=2)
+    assert audited.wait() == 0
+    assert json.loads(audited.stdout)["ok"]
 
 
 def test_a_later_end_sends_the_rest(start: Start, apache: Broker, topic: str) -> None:
