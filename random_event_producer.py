@@ -862,7 +862,7 @@ class Watch:
     def __init__(self) -> None:
         self._confirmed_at: dict[int, float] = {}  # by partition
         self._lost_at = 0.0  # when Kafka stopped; 0: it has not
-        self._cause = ""  # since then, the last one known: it ends a moment before Kafka confirms
+        self.cause = ""  # since then, the last one known: it ends a moment before Kafka confirms
         self.begin()
 
     def begin(self) -> None:
@@ -893,11 +893,11 @@ class Watch:
         if not stalled:
             if self._lost_at and max(self._confirmed_at.values(), default=0) > self._lost_at:
                 log.info("Kafka confirms again after %.1f s", now - self._lost_at)
-                self._lost_at, self._cause = 0.0, ""
+                self._lost_at, self.cause = 0.0, ""
             return ""
-        self._cause = find_cause(stalled) or self._cause
+        self.cause = find_cause(stalled)
         of_all = now - self.progress >= STALLED_SECONDS
-        cause, seconds = self._cause or "why is not known", now - self.progress if of_all else max(stalled.values())
+        cause, seconds = self.cause or "why is not known", now - self.progress if of_all else max(stalled.values())
         self._lost_at = self._lost_at or now - seconds
         of = "" if of_all or -1 in stalled else f" of {partitions_text(stalled)}"
         what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
@@ -1153,7 +1153,9 @@ class Delivery(Sink):
             return f"topic {self._topic} is not there"
         network = self._network
         known = network.leaderless(partitions) or network.slow() or network.recent_cause()
-        return known or ("" if self._producer.has_id else "Kafka gives no producer id; its controller may be away")
+        if not known and not self._producer.has_id:
+            known = "Kafka gives no producer id; its controller may be away"
+        return known or self._watch.cause or network.passing_answer()
 
     def wait(self, until: float) -> None:
         left = min(until - time.monotonic(), SLICE_SECONDS)
@@ -1724,7 +1726,7 @@ CAUSES = (  # the first that fits
     Cause("DNS Resolution", False, "the name in {at} cannot be resolved"),
     Cause("ECONNREFUSED", False, "nothing listens at {at}", START),
     Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "the network has no way to {at}"),
-    Cause("[Tt]imed ?[Oo]ut|Timeout", False, "{at} does not answer"),
+    Cause("[Tt]imed ?[Oo]ut|Timeout", False, f"{{at}} is slow: no answer for over {CONNECT_SECONDS:.0f} s"),
     Cause("has expired", True, UNTRUSTED + "has expired; renew it on the broker"),
     Cause("not yet valid", True, UNTRUSTED + "is not valid yet; check the clocks"),
     Cause("issuer|self.signed", True, UNTRUSTED + "is from an unknown authority (CA); set KAFKA_SSL_CAFILE"),
@@ -1904,7 +1906,7 @@ class Network:
             asked = [sent_at for _, _, sent_at, *_ in list(connection.in_flight_requests)[:1]]
             since = min(asked or [connection.made_at if connection.initializing else math.inf])
             if (waited := time.monotonic() - since) >= SLOW_SECONDS:
-                return self._advertised(connection.at, f"{connection.at} is slow: no answer for {waited:.0f} s")
+                return self._advertised(connection.at, f"{connection.at} is slow: no answer for over {waited:.0f} s")
         return ""
 
     def throttled(self) -> bool:
@@ -1915,11 +1917,14 @@ class Network:
         """What went wrong a short while ago, as a sentence; "" when nothing did."""
         since = time.monotonic() - RECENT_SECONDS
         when, answer, words = self._answer
-        answered = self.reached and when >= since
-        if answered and (answer.words or answer.then is not Then.AGAIN):
+        if self.reached and when >= since and (answer.words or answer.then is not Then.AGAIN):
             return answer.words or words
-        met = "; ".join(met.sentence for met in self._recently_met(since))
-        return met or (words if answered else "")  # "ask again" is the least that a broker can say
+        return "; ".join(met.sentence for met in self._recently_met(since))
+
+    def passing_answer(self) -> str:
+        """That a broker has answered "ask again" a short while ago, which is the least that it can say."""
+        when, _, words = self._answer
+        return words if when >= time.monotonic() - RECENT_SECONDS else ""
 
     def _recently_met(self, since: float) -> list[Met]:
         """Lasting causes first; once a broker is reached, only what is about the brokers."""
