@@ -172,6 +172,23 @@ def test_a_complete_history_sends_nothing_again(run_script: RunScript, broker: B
     assert json.loads(audited.stdout)["ok"]
 
 
+@pytest.mark.slow
+def test_a_power_cut_takes_kafka_and_the_process(run_script: RunScript, make_apache: MakeApache, topic: str) -> None:
+    expected = printed(**QUARTER)
+    with make_apache() as kafka:
+        create_topic(kafka.direct, topic, 3, config={"retention.ms": "-1"})
+        settings = {**QUARTER, "KAFKA_BROKER": kafka.bootstrap, "KAFKA_TOPIC": topic}
+        for _ in range(2):
+            with Growth(kafka.direct, topic, 3) as held:
+                script, least = run_script(SCRIPT, **settings), held() + 500
+                wait_until(lambda held=held, least=least: held() >= least, 60, f"{least} events", 0.002)  # type: ignore[misc]
+            kafka.kill()
+            script.kill()
+            kafka.start_node()
+        succeeds(run_script(SCRIPT, **settings))
+        assert values(kafka, topic, 3) == expected
+
+
 def test_a_later_end_sends_the_rest(start: Start, apache: Broker, topic: str) -> None:
     succeeds(start(**WEEK))
     longer = start(**FORTNIGHT)
