@@ -423,7 +423,7 @@ def test_the_topic_recreated(apache: ApacheKafka, topic: str, start: Start, long
     delete_topic(apache.bootstrap, topic)
     script.wait_for("is gone")
     topic_with(apache, topic, again, partitions=2)
-    script.wait_for("starting over at its beginning")
+    script.wait_for("another one, or was made again: reading on at its beginning")
     runs = [of_run(last=7, events=7), of_run(OTHER, last=len(again), events=len(again))]
     total = 7 + len(again)
     assert outcome(script) == (0, document(topic, total, cart(total), *runs))
