@@ -1429,10 +1429,10 @@ def open_missing_streams() -> None:
             os.open(os.devnull, os.O_RDONLY)
 
 
-def show(text: str, stop: Stop) -> None:
-    """Print to standard output, at once. Raises GiveUp."""
-    data = f"{text}\n".encode(sys.stdout.encoding if sys.stdout else "utf-8", "replace")
-    judge_output(write_to(1, data, lambda: stop.asked(STOP_GRACE_SECONDS))[1], stop)
+def show(text: str | bytes, stop: Stop) -> None:
+    """Print to standard output, at once; bytes as they are, whatever the terminal can show. Raises GiveUp."""
+    data = text if isinstance(text, bytes) else text.encode(sys.stdout.encoding if sys.stdout else "utf-8", "replace")
+    judge_output(write_to(1, data + b"\n", lambda: stop.asked(STOP_GRACE_SECONDS))[1], stop)
 
 
 def judge_output(error: OSError | None, stop: Stop) -> None:

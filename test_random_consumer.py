@@ -667,6 +667,8 @@ class Audit:
         misplaced = self._wrong_keys + sum(self._misplaced().values())
         faults = (run[fault] for run in runs for fault in ("missing", "repeated", "reordered"))
         unjudged = [*self.notes, *self.held.values(), *self._excused()]
+        if not (self.runs or unjudged):
+            unjudged = ["no event of a run (with an event_id) was read, so nothing was judged"]
         return {
             "topic": self.topic,
             "events": self.events,
@@ -837,10 +839,8 @@ def audit_topic(script: tool.Script) -> int:
         audit.notes.append(f"the audit ended early: {reason}")
     finally:
         reader.close()
-    if not audit.runs and not audit.notes:
-        audit.notes.append("no event of a run (with an event_id) was read, so nothing was judged")
     report = audit.report()
-    tool.show(orjson.dumps(report).decode() if as_json else summary(report, audit), stop)
+    tool.show(orjson.dumps(report) if as_json else summary(report, audit), stop)
     return int(gave_up or not report["ok"] or audit.events < (settings.max_events or 0))
 
 
