@@ -111,7 +111,7 @@ log = logging.getLogger("random_event_producer")
 EMBEDDED_ADDRESS = ("127.0.0.1", 9092)
 ENV_FILE = Path(__file__).resolve().with_name(".env")
 SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
-PROTOCOL = "kafka_security_protocol"
+PROTOCOL, MECHANISM = "kafka_security_protocol", "kafka_sasl_mechanism"
 OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time", "speed", "users"}  # settings of one of the scripts
 
 MAX_UNCONFIRMED = 10_000  # events; about 0.8 KB each
@@ -1857,7 +1857,9 @@ class Network:
         if at in self._met and now >= self._looked_at + RENEWAL_SECONDS:
             self._looked_at = now
             try:
-                self._renewed = login_options(type(self._settings).load())
+                on_disk = type(self._settings).load()
+                if all(getattr(on_disk, name) == getattr(self._settings, name) for name in (PROTOCOL, MECHANISM)):
+                    self._renewed = login_options(on_disk)  # else it is for the next start
             except (BadConfiguration, Clash) as problems:  # half written, perhaps
                 log.warning("The settings on disk cannot be used: %s", "; ".join(str(problems).splitlines()))
         return self._renewed

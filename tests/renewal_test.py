@@ -342,6 +342,25 @@ def test_a_login_that_has_to_be_repeated(
     script.wait_for(r"Stopped: sent \d+, failed 0, unconfirmed 0")
 
 
+def test_another_protocol_on_disk_is_for_the_next_start(
+    renewing: Renewing, launch: Callable[..., Script], topic: str, folder: Path
+) -> None:
+    """The login that goes with it, too."""
+    create_topic(renewing.kafka.direct, topic)
+    case = password_in_env_file(renewing, topic, folder)
+    login = {name: str(case.settings.pop(name)) for name in list(case.settings) if "SASL" in name or "SECURITY" in name}
+    write_env(folder, KAFKA_SASL_PASSWORD=OLD, **login)
+    script = launch(case, TOOL, INTERVAL_SECONDS=0.05)
+    script.wait_for("Total events sent: [1-9]")
+    write_env(folder, KAFKA_SECURITY_PROTOCOL="PLAINTEXT")
+    before = len(script.lines)
+    renewing.proxies["LOGIN"].refuse()
+    script.wait_for("nothing listens at", IN_TIME, after=before)
+    renewing.proxies["LOGIN"].passthrough()
+    script.wait_for("confirms again", IN_TIME, after=before)
+    assert end(script) == 0, script.tail()
+
+
 # --------------------------------------------------------------------------------------------------- what is trusted
 
 
