@@ -1814,6 +1814,11 @@ class Network:
             self.another_topic = True
         self._ids, self._partition_count = (pairs[0][0] or ids[0], pairs[1][0] or ids[1]), len(partitions)
 
+    @property
+    def identified(self) -> bool:
+        """Whether the ids of cluster and topic are known: then a confirmation is of the topic that they tell."""
+        return all(self._ids)
+
     def opened(self, node_id: object, connection: Any) -> None:
         self._connections = {**self._connections, node_id: connection}
 
@@ -2269,7 +2274,7 @@ class _Sender(Sender):
     def _complete_batch(self, batch: Batch, answer: Any) -> None:
         """What another producer has stored, under the same id but in another cluster, passed for this batch."""
         state, error = self._transaction_manager, errors.for_code(answer.error_code)
-        last = state.last_acked_offset(batch.topic_partition) if state.producer_id_and_epoch.match(batch) else -1
+        last = -1 if self.producer.network.identified else state.last_acked_offset(batch.topic_partition)
         if 0 <= answer.base_offset <= last or (error is errors.DuplicateSequenceNumberError and not batch.in_retry()):
             self.producer.network.another_topic = True  # then all that is unconfirmed is sent by a new client
             self._maybe_remove_from_inflight_batches(batch)

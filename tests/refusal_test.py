@@ -108,14 +108,14 @@ def test_refused_at_full_speed(lab: Lab, tmp_path: Path, loss: float, made: int)
 
 
 def test_many_refused_cost_nothing(lab: Lab, tmp_path: Path) -> None:
-    """A third of 150 events: nothing is sent again, no new client, a few seconds."""
+    """A third of 150 events: no new client, a few seconds; what stands beside a refused one is handed over again."""
     create_topic(lab.kafka.direct, lab.topic, 2, config=LARGE)
     began = time.monotonic()
     script = lab.produce("full speed", script=too_large(tmp_path, 3), MAX_EVENTS=150)
     assert script.wait(PATIENCE) == 1, script.tail()
     summary = Summary.of(script)
     check_refused(lab, summary, set(range(3, 151, 3)))
-    assert summary.sent_again == 0
+    assert summary.sent_again > 0
     assert time.monotonic() - began < 8
 
 
@@ -125,7 +125,7 @@ def test_all_of_a_limited_run_refused(lab: Lab) -> None:
     script = lab.produce("full speed", MAX_EVENTS=3000)
     assert script.wait(PATIENCE) == 1, script.tail()
     summary = Summary.of(script)
-    assert (summary.sent, summary.sent_again) == (0, 0)
+    assert summary.sent == 0
     assert summary.failed + summary.unconfirmed == summary.made <= 3000
     assert summary.failed > 0
     assert read_all(lab.kafka.direct, lab.topic) == []
