@@ -44,6 +44,7 @@ PACES = {"50/s": 0.02, "full speed": 0}
 ENOUGH = {"50/s": 50, "full speed": 20_000}
 MOST_UNCONFIRMED = 10_000
 MOST_MEMORY = 150_000_000  # bytes
+SLOWEST_AUDIT = 2_000  # events a second: at full speed there are as many as the machine can make
 STOP_SECONDS = 10.0
 PATIENCE = 60.0
 SUMMARY = re.compile(
@@ -327,7 +328,7 @@ def judge(lab: Lab, summary: Summary, partitions: int | None, auditor: Script | 
 
 def agree(auditor: Script, verdict: Verdict, records: int) -> None:
     """The project's consumer reports just what the independent auditor has found."""
-    code = auditor.wait(PATIENCE)
+    code = auditor.wait(PATIENCE + records / SLOWEST_AUDIT)
     assert auditor.stdout, auditor.tail()
     report = json.loads(auditor.stdout)
     assert (report["events"], report["without_id"], report["invalid"], report["misplaced"]) == (records, 0, 0, 0)
