@@ -2261,9 +2261,8 @@ class _Sender(Sender):
     producer: Producer
 
     def _send_producer_data(self, now: float | None = None) -> float:
-        return (
-            100.0 if self.producer.network.another_topic else float(super()._send_producer_data(now))
-        )  # ms until the next look
+        """In ms, until the next look. Nothing is sent to a topic that is another one."""
+        return 100.0 if self.producer.network.another_topic else float(super()._send_producer_data(now))
 
     def _produce_request(self, node_id: object, acks: object, timeout: int, batches: list[Batch]) -> Any:
         for batch in batches:
@@ -2337,9 +2336,7 @@ class Producer(KafkaProducer):
         self.sent_again = 0  # how often a broker was handed an event that a broker had been handed before
         self.defect: Exception | None = None  # in one of the repairs
         self._sender.__class__, self._sender.producer = _Sender, self  # the client's constructor makes the plain one
-        self._transaction_manager._lookup_coordinator = lambda *_: (
-            None
-        )  # only transactions have one; else it was wedged
+        self._transaction_manager._lookup_coordinator = lambda *_: None  # for transactions only; it wedged the others
 
     def hand_over(self, bursts: dict[int, list[Event]]) -> list[Batch]:
         """By partition, in order; what new batches that made. send() went through locks and checks for each record."""
