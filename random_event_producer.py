@@ -65,7 +65,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -113,6 +113,7 @@ ENV_FILE = Path(__file__).resolve().with_name(".env")
 SECRETS_FOLDER = Path("/run/secrets")  # where Docker and Kubernetes put secret files
 PROTOCOL, MECHANISM = "kafka_security_protocol", "kafka_sasl_mechanism"
 OTHER_NAMES = {"start", "timeout_seconds", "start_time", "end_time", "speed", "users"}  # settings of one of the scripts
+OTHER_NAMES |= {"stream", "faults", "fault_distance", "arrivals", "verdicts", "late_seconds"}
 
 MAX_UNCONFIRMED = 10_000  # events; about 0.8 KB each
 STOP_GRACE_SECONDS = 6.0  # for what is on its way when a stop is asked for; with closing it stays under 10
@@ -540,16 +541,21 @@ class Event:
     def event_id(self) -> str:
         return f"{self.run}:{self.sequence}"
 
+    def told(self) -> dict[str, Any]:
+        """What the log says of it; `fault`, where there is one, is a list of texts."""
+        made = orjson.loads(self.value)
+        return {name: made[name] for name in ("user_id", "event_type", "metadata")}
+
     def record(self, milliseconds: int, offset: int) -> bytes:
         """As it stands in a batch, in Kafka's record format 2; both numbers count from the batch's first record."""
         key, value, event_id = self.key, self.value, f"{self.run}:{self.sequence}".encode()
-        start = b"\0", _varint(milliseconds), _varint(offset), _varint(len(key)), key, _varint(len(value)), value
-        body = b"".join((*start, b"\2\x10event_id", _varint(len(event_id)), event_id))  # one header of 8 letters
-        return _varint(len(body)) + body
+        start = b"\0", varint(milliseconds), varint(offset), varint(len(key)), key, varint(len(value)), value
+        body = b"".join((*start, b"\2\x10event_id", varint(len(event_id)), event_id))  # one header of 8 letters
+        return varint(len(body)) + body
 
 
 @functools.lru_cache(maxsize=4096)
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
     encode_varint(number, (written := bytearray()).append)
     return bytes(written)
 
@@ -570,7 +576,8 @@ class RandomEventProducer:
 
     To add a type, add its name to `event_types` and a branch to `_generate_metadata`, here or in a subclass given to
     `main`. A name that stands twice in `event_types` comes twice as often. A stream of another kind overrides
-    `next_event`, and `settings_type`, `from_settings`, `pace`, `prepare` and `resume` where it needs to.
+    `next_event`, and `settings_type`, `from_settings`, `pace`, `prepare` and `resume` where it needs to. What stands
+    between a stream and its delivery overrides `generate_events`, `most`, `ended` and `rest`, and counts `faults`.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings
@@ -587,6 +594,7 @@ class RandomEventProducer:
         self.random = random.Random(None if seed is None else f"{seed}/{shard_index}/{shard_count}")
         self.run = secrets.choice("abcdf") + secrets.token_hex(8)[1:]  # no number, as Kafka Connect may read it
         self.users = [user for user in range(1, 1001) if user % shard_count == shard_index]
+        self.faults: dict[str, int] = {}  # made on purpose so far, by kind
         self._clock = clock
         self._sequences: Iterator[int] = itertools.count(1)
 
@@ -608,6 +616,19 @@ class RandomEventProducer:
     def pace(self, settings: Settings) -> Pace:
         """When events are due."""
         return Pace(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
+
+    def most(self, settings: Settings) -> int:
+        """How many events a run sends, where that is known before its end."""
+        return settings.max_events or sys.maxsize
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known already that no event follows."""
+        return False
+
+    def rest(self, due: float) -> list[Event]:  # noqa: ARG002
+        """What is still to be sent when a run ends before its stream."""
+        return []
 
     def check_event_types(self) -> None:
         """Raises BadConfiguration that names each type without metadata. Draws nothing from the seeded stream."""
@@ -641,6 +662,11 @@ class RandomEventProducer:
         event = {"user_id": user_id, "event_type": event_type, "timestamp": timestamp, "metadata": metadata}
         key, value = b"%d" % user_id, b"%b" % orjson.dumps(event)  # a copy: dumps() keeps kilobytes of room behind it
         return Event(self.run, next(self._sequences), event_type, key, value, microseconds // 1000, due)
+
+    def generate_events(self, dues: Sequence[float]) -> list[Event]:
+        """The next events, one for each due time; fewer when the stream has ended."""
+        make = self.generate_event
+        return [event for due in dues if (event := make(due))]
 
     def _generate_metadata(self, event_type: str) -> dict[str, Any]:
         bits = self.random.getrandbits
@@ -737,10 +763,12 @@ class Tally:
     BOUNDS: ClassVar[tuple[float, ...]] = tuple(1e-4 * 1.05**power for power in range(331))
     EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-    def __init__(self, event_types: Iterable[str]) -> None:
+    def __init__(self, event_types: Iterable[str], faults: Mapping[str, int] | None = None) -> None:
+        """`faults`: made on purpose, by kind; counted elsewhere."""
         self.made = 0
         self.sent = Counter(dict.fromkeys(event_types, 0))
         self.failed: Counter[str] = Counter()
+        self.faults = {} if faults is None else faults
         self.sent_again = 0
         self.skipped = 0
         self.unconfirmed = 0
@@ -780,7 +808,9 @@ class Tally:
         counter, gauge = families.CounterMetricFamily, families.GaugeMetricFamily
         sent = counter(PREFIX + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
         failed = counter(PREFIX + "events_failed", "Events refused for good", labels=["error"])
-        for family, counts in ((sent, self.sent), (failed, self.failed)):
+        faults = counter(PREFIX + "faults", "Faults made on purpose", labels=["fault"])
+        on_purpose = [(faults, self.faults)] if self.faults else []
+        for family, counts in ((sent, self.sent), (failed, self.failed), *on_purpose):
             for label, count in dict(counts).items():
                 family.add_metric([label], count)
             yield family
@@ -1201,7 +1231,7 @@ def partitions_text(numbers: Iterable[int]) -> str:
 def ranges_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """`[1, 2, 3, 7]` as closed ranges, `[(1, 3), (7, 7)]`."""
     ranges: list[tuple[int, int]] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         first = ranges.pop()[0] if ranges and number == ranges[-1][1] + 1 else number
         ranges.append((first, number))
     return ranges
@@ -1227,10 +1257,10 @@ class Run:
         settings = settings.model_copy(update={"interval_seconds": self._pace.interval})
         self._settings, self._stop, self._console, self._generator = settings, stop, console, generator
         self._printing = printing
-        self._most = settings.max_events or sys.maxsize
+        self._most = generator.most(settings)
         self._fast = settings.interval_seconds < FAST_INTERVAL_SECONDS
         self._level = logging.DEBUG if self._fast else logging.INFO
-        self._tally = tally = Tally(generator.event_types)
+        self._tally = tally = Tally(generator.event_types, generator.faults)
         on_confirmed = self._log_event if log.isEnabledFor(self._level) else None
         self._sink = Printer(tally, stop) if printing else Delivery(settings, tally, stop, on_confirmed)
         self._made_until = time.monotonic()
@@ -1248,8 +1278,7 @@ class Run:
             gave_up = True
         self._summary()
         # An evicted Job has not done its work, though every event that it made is confirmed.
-        wanted = min(self._most, self._settings.max_events or 0)
-        cut_short = self._stop.requested and tally.made < wanted
+        cut_short = self._stop.requested and bool(self._settings.max_events) and tally.made < self._most
         return int(gave_up or cut_short or tally.total_sent < tally.made)
 
     def _send_all(self) -> None:
@@ -1271,12 +1300,12 @@ class Run:
     def _resume(self, tell: Tell) -> None:
         self._most = max(0, self._most - self._generator.resume(self._settings, self._stop, tell))
         if self._settings.max_events:
-            self._console.bar.total = self._most
+            self._console.bar.total = min(self._most, self._settings.max_events)
 
     def _main_loop(self) -> None:
-        pace, tally, sink, make = self._pace, self._tally, self._sink, self._generator.generate_event
+        pace, tally, sink, generator = self._pace, self._tally, self._sink, self._generator
         what = "Printing events" if self._printing else f"Sending to topic {self._settings.kafka_topic}"
-        log.info("%s, run %s", what, self._generator.run)
+        log.info("%s, run %s", what, generator.run)
         gc.collect()
         gc.freeze()  # what is there stays there; what comes is freed by its count, so that collections can be rare
         gc.set_threshold(100_000, 20, 100)
@@ -1290,9 +1319,9 @@ class Run:
             if room > 0:
                 self._skip(now)
             dues = pace.take(now, room)
-            events = [event for due in dues if (event := make(due))]
+            events = generator.generate_events(dues)
             tally.made += len(events)
-            if len(events) < len(dues):  # the stream has ended
+            if len(events) < len(dues) or generator.ended:
                 self._most = tally.made
             sink.send(*events)
             if room <= 0:
@@ -1302,6 +1331,9 @@ class Run:
         self._made_until = time.monotonic()
         if tally.made < self._most:
             self._skip(self._made_until)
+            rest = generator.rest(self._made_until)
+            tally.made += len(rest)
+            sink.send(*rest)
 
     def _skip(self, now: float) -> None:
         if missed := self._pace.skip(now):
@@ -1320,15 +1352,15 @@ class Run:
         self._told_at, self._told_total = now, self._told_total + news
 
     def _log_event(self, event: Event, partition: int, offset: int) -> None:
-        made = orjson.loads(event.value)
-        fields = {name: made[name] for name in ("user_id", "event_type", "metadata")}
+        fields = event.told()
         log.log(
             self._level,
-            "Event sent - User: %d, Type: %s, Metadata: %s, Partition: %d",
-            made["user_id"],
+            "Event sent - User: %d, Type: %s, Metadata: %s, Partition: %d%s",
+            fields["user_id"],
             event.event_type,
-            orjson.dumps(made["metadata"]).decode(),
+            orjson.dumps(fields["metadata"]).decode(),
             partition,
+            f", Fault: {', '.join(fields['fault'])}" if "fault" in fields else "",
             extra={"fields": fields | {"partition": partition, "offset": offset, "event_id": event.event_id}},
         )
 
@@ -1377,6 +1409,9 @@ class Run:
             "latency_max": round(tally.latency_max, 6),
             "run": self._generator.run,
         }
+        if faults := {kind: count for kind, count in tally.faults.items() if count}:
+            log.info("Faults made on purpose: %s", ", ".join(f"{kind} {count}" for kind, count in faults.items()))
+            fields["faults"] = faults
         log.info("%s", summary_line(fields, goal), extra={"fields": fields})
 
 
