@@ -20,7 +20,8 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore --only-binary=:all: \
         --requirement requirements.txt
 
-COPY random_event_producer.py random_churn_producer.py test_random_producer.py test_random_consumer.py ./
+COPY random_event_producer.py random_churn_producer.py random_faulty_producer.py \
+     test_random_producer.py test_random_consumer.py ./
 # Readable also when the checkout was not; compiled here, because the user below may not write here.
 RUN chmod -R a+rX . && python -m compileall -q .
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 __doc__ = """Read the topic, show every event, and say what is missing, repeated, reordered, misplaced or invalid.
 
 Reads without a consumer group and leaves nothing on the broker. Ends at Ctrl+C, after MAX_EVENTS, or after
-TIMEOUT_SECONDS without a new event. Exit code 0 when all is well, 1 when not (or when something could not be judged, or
+TIMEOUT_SECONDS without a new event. What is marked as made on purpose (docs/faults.md) is told apart; VERDICTS scores
+what a consumer has found of it. Exit code 0 when all is well, 1 when not (or when something could not be judged, or
 fewer than MAX_EVENTS came), 2 for bad settings.
 """
 
@@ -29,6 +30,7 @@ fewer than MAX_EVENTS came), 2 for bad settings.
 import functools
 import itertools
 import math
+import operator
 import os
 import re
 import sys
@@ -36,7 +38,8 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 try:
     import fastjsonschema
@@ -55,7 +58,7 @@ from kafka import KafkaConsumer, TopicPartition, errors
 from kafka.admin import ConfigResource, KafkaAdminClient
 from kafka.consumer.fetcher import Fetcher
 from kafka.errors import KafkaError
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 BATCH = 1000  # records between two looks at signals
 POLL_MS = 100
@@ -76,6 +79,8 @@ COMPACTED = "the topic is compacted, which removes all but the last event of a u
 Ranges = list[tuple[int, int]]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Start = Annotated[Literal["earliest", "latest"], tool.Lower]
+Verdicts = Counter[tuple[str, str]]  # kind of fault and event id -> how often
+VerdictsFile = Annotated[Any, BeforeValidator(lambda path: read_verdicts(Path(path)))]
 
 
 class ConsumerSettings(tool.Settings):
@@ -84,6 +89,12 @@ class ConsumerSettings(tool.Settings):
         None, "stop so long after the last new event; none: go on", "a number above 0"
     )
     start: Start = setting("earliest", "where in the topic to begin", "earliest or latest")
+    verdicts: VerdictsFile | None = setting(
+        None,
+        "score the faults that a consumer has found",
+        "a file with lines `event_id,fault`, or with such JSON objects",
+    )
+    late_seconds: float = setting(0, "only what is later must be found", "0 or more", ge=0, allow_inf_nan=False)
 
 
 # ------------------------------------------------------------------------------------- kafka-python, repaired
@@ -536,23 +547,24 @@ class Run:
     def __init__(self) -> None:
         self.first, self.last = sys.maxsize, 0
         self.events = self.repeated = self.reordered = 0
+        self.marks = Marks()
         self._sequences = BitMap64()
         self._began: int | None = None  # the time of sequence 1, in ms
         self._firsts: dict[int, int] = {}  # partition -> the first sequence there
-        self._lasts: dict[int, int] = {}  # partition -> the last sequence there
+        self._lasts: dict[int, tuple[int, int]] = {}  # partition -> sequence and time (ms) of the last event there
         self._latest: dict[tuple[int, int], int] = {}  # partition and user -> the latest sequence
 
-    def add(self, sequence: int, record: Any, user_id: int | None) -> str:
-        """Take in an event; "", "repeated" or "reordered"."""
+    def add(self, sequence: int, record: Any, user_id: int | None, excused: bool = False) -> str:
+        """Take in an event; "", "repeated" or "reordered". `excused`: it is late or repeated on purpose."""
         self.events += 1
         if sequence > self.last:
             self.last = sequence
         if sequence < self.first:
             self.first = sequence
-        if not self.mark(sequence, record):
+        if not self.mark(sequence, record, not excused) and not excused:
             self.repeated += 1
             return "repeated"
-        if user_id is None:
+        if user_id is None or excused:
             return ""
         place = record.partition, user_id
         if sequence < self._latest.get(place, 0):
@@ -561,10 +573,11 @@ class Run:
         self._latest[place] = sequence
         return ""
 
-    def mark(self, sequence: int, record: Any) -> bool:
-        """Note that a sequence is there; False when it was known."""
-        self._firsts.setdefault(record.partition, sequence)
-        self._lasts[record.partition] = sequence
+    def mark(self, sequence: int, record: Any, in_place: bool = True) -> bool:
+        """Note that a sequence is there; False when it was known. `in_place`: it tells where its partition begins."""
+        if in_place:
+            self._firsts.setdefault(record.partition, sequence)
+            self._lasts[record.partition] = sequence, record.timestamp
         if sequence == 1:
             self._began = record.timestamp
         try:
@@ -580,17 +593,32 @@ class Run:
             for partition, since in cut.items()
             if since is None or self._began is None or since >= self._began
         ]
-        return max([1, *bounds]), min([self.last, *(self._lasts.get(partition, 0) for partition in held)])
+        return max([1, *bounds]), min([self.last, *(self._lasts.get(partition, (0, 0))[0] for partition in held)])
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._sequences
+
+    def latest(self, partition: int) -> int:
+        """The time (ms) of the last event there that is in its place."""
+        return self._lasts.get(partition, (0, 0))[1]
+
+    def _accounted(self) -> BitMap64:
+        """What is there, and what was dropped on purpose."""
+        return self._sequences | self.marks.dropped if self.marks.dropped else self._sequences
+
+    def dropped(self) -> BitMap64:
+        """On purpose: marked, and not there."""
+        return self.marks.dropped - self._sequences
 
     def absent(self, partitions: Iterable[int]) -> list[int]:
         """Those of the partitions that hold nothing of this run."""
         return [partition for partition in partitions if partition not in self._firsts]
 
     def count_missing(self, first: int, last: int) -> int:
-        return last - first + 1 - self._sequences.range_cardinality(first, last + 1) if first <= last else 0
+        return last - first + 1 - self._accounted().range_cardinality(first, last + 1) if first <= last else 0
 
     def missing(self, first: int, last: int) -> Ranges:
-        return gaps(self._sequences, first, last) if self.count_missing(first, last) else []
+        return gaps(self._accounted(), first, last) if self.count_missing(first, last) else []
 
     def holed(self) -> bool:
         """Whether anything is not there between the first and the last one read."""
@@ -606,7 +634,7 @@ def _partitions(numbers: Iterable[int]) -> str:
 class Audit:
     """Judges records in the order they are read. Its memory grows with runs and gaps, not with events."""
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self, topic: str, score: Score | None = None) -> None:
         self.topic = topic
         self.events = self.without_id = self.invalid = self.invalid_without_id = 0
         self.by_type: Counter[str] = Counter()
@@ -617,6 +645,7 @@ class Audit:
         self.held: dict[int, str] = {}  # partitions that could not be read to their end, and why
         self.compacted = False
         self.notes: list[str] = []  # on what was left out of judgement
+        self.faults = Faults(self, score)
         self._wrong_keys = 0
         self._strays: Counter[tuple[int, int]] = Counter()  # (hash of the key, partition)
 
@@ -627,13 +656,15 @@ class Audit:
             self.cut[record.partition] = record.timestamp
         event_id = event_id_of(record)
         identity = EVENT_ID.fullmatch(event_id or "")
+        if len(record.headers) > 1 and identity and (marks := marks_of(record)):
+            return self.faults.add(record, identity, marks)
         user_id, problem = None, ""
         try:
             event = parse_event(record.value)
             if event_id is not None:
                 _check_header(record, event["timestamp"], event_id, identity)
                 user_id = event["user_id"]
-                problem = self._place_problem(record, user_id)
+                problem = self.place_problem(record, user_id)
             self.by_type[event["event_type"]] += 1
         except ValueError as error:
             problem = f"invalid: {error}"
@@ -642,13 +673,17 @@ class Audit:
         self.without_id += event_id is None
         if identity and (order := self.runs[identity[1]].add(int(identity[2]), record, user_id)):
             problem = f"{problem}; {order}" if problem else order
+        if (score := self.faults.score) and not problem:
+            score.pass_by(record)
         return problem
 
     def mark(self, record: Any) -> None:
         """Note that an event of a known run is there, up to the last one read; nothing is counted."""
         identity = EVENT_ID.fullmatch(event_id_of(record) or "")
-        if identity and (run := self.runs.get(identity[1])) and int(identity[2]) <= run.last:
-            run.mark(int(identity[2]), record)
+        if identity and (run := self.runs.get(identity[1])):
+            in_place = self.faults.mark(run, marks_of(record))
+            if int(identity[2]) <= run.last:
+                run.mark(int(identity[2]), record, in_place)
 
     def note_unreadable(self, partition: int, first: int, last: int, cause: str) -> None:
         place = f"offset {first}" if first == last else f"offsets {first} to {last}"
@@ -660,6 +695,10 @@ class Audit:
         if self.compacted:
             return 0
         return sum(run.count_missing(*run.judged(self.cut, self.held)) for run in self.runs.values())
+
+    def sought(self) -> int:
+        """How many records would make the audit complete: missing events, and lost faults."""
+        return self.missing() + self.faults.count_lost()
 
     def report(self) -> dict[str, Any]:
         """The document that --json prints."""
@@ -676,9 +715,17 @@ class Audit:
             "without_id": self.without_id,
             "invalid": self.invalid,
             "misplaced": misplaced,
-            "ok": not (self.invalid or misplaced or any(faults) or unjudged),
+            "ok": not (
+                self.invalid
+                or misplaced
+                or any(faults)
+                or unjudged
+                or self.faults.mismarked()
+                or self.faults.count_lost()
+            ),
             "notes": [COMPACTED] * self.compacted + unjudged,
             "runs": runs,
+            **self.faults.report(),
         }
 
     def enlarged_from(self) -> int | None:
@@ -697,6 +744,7 @@ class Audit:
             "repeated": run.repeated,
             "reordered": run.reordered,
             "truncated_before": first if first > 1 and not self.compacted else None,
+            **self.faults.of_run(run),
         }
 
     def _excused(self) -> Iterator[str]:
@@ -708,10 +756,13 @@ class Audit:
                 where = _partitions(run.absent(self.cut))
                 yield f"run {name} has gaps that cannot be judged: it has no event in {where}, not read from the start"
 
-    def _place_problem(self, record: Any, user_id: int) -> str:
+    def place_problem(self, record: Any, user_id: int) -> str:
         if record.key != b"%d" % user_id:
             self._wrong_keys += 1
             return "misplaced: the key is not the user_id"
+        return self.partition_problem(record)
+
+    def partition_problem(self, record: Any) -> str:
         key = key_hash(record.key)
         if key % self.counts[-1] == record.partition:
             return ""
@@ -725,6 +776,280 @@ class Audit:
             for (key, place), times in self._strays.items()
             if all(key % count != place for count in self.counts)
         }
+
+
+# ---------------------------------------------------------------------------------------- faults made on purpose
+# random_faulty_producer.py says in a record's header `fault` what was done to it (docs/faults.md). A mark that is right
+# excuses one thing; whatever else is wrong counts as always.
+
+KINDS = ("late", "duplicate", "dropped", "misplaced", "future", "malformed")
+MARK = re.compile(
+    r"([1-9][0-9]{0,17}):((?:late|duplicate|dropped|misplaced|future):[1-9][0-9]{0,17}|malformed:[a-z_]+)"
+)
+FIELDS = {"user_id", "event_type", "timestamp", "metadata"}
+SET_BACK_MS = 500  # that a clock may be corrected by
+
+
+class Mark(NamedTuple):
+    number: int  # 0: it cannot be read
+    kind: str
+    detail: str
+
+
+def marks_of(record: Any) -> list[Mark]:
+    """Its own, if it has one, and those of the events that were dropped before it."""
+    texts = (bytes(value or b"").decode(errors="replace") for name, value in record.headers if name == "fault")
+    found = ((MARK.fullmatch(text), text) for text in texts)
+    return [Mark(int(mark[1]), *mark[2].split(":")) if mark else Mark(0, text, "") for mark, text in found]
+
+
+class Marks:
+    """Of one run."""
+
+    def __init__(self) -> None:
+        self.numbers, self.dropped = BitMap64(), BitMap64()  # of faults; sequences
+        self.right: Counter[str] = Counter()  # by kind; whether an event was dropped shows at the end
+
+
+def _ahead(mark: Mark, record: Any) -> int:
+    """How far a record's time is ahead, in ms: the broker's own never is."""
+    return 1000 * int(mark.detail) if record.timestamp_type == CREATE_TIME else 0
+
+
+def _is_valid(value: bytes) -> bool:
+    try:
+        return bool(parse_event(value))
+    except ValueError:
+        return False
+
+
+def _is_mended(value: bytes, wrong: bytes, right: bytes) -> bool:
+    return wrong in value and not _is_valid(value) and _is_valid(value.replace(wrong, right, 1))
+
+
+def is_malformed(value: bytes | None, key: bytes, how: str) -> bool:
+    """Whether a value is malformed just so; `key`: the user_id that it should have."""
+    if value is None or how == "tombstone":
+        return value is None and how == "tombstone"
+    start = b'{"user_id":%b,' % key
+    try:
+        event = orjson.loads(value)
+    except ValueError:
+        event = None
+    match how:
+        case "truncated":
+            return event is None and value.count(b"{") > value.count(b"}") and start.startswith(value[: len(start)])
+        case "encoding":
+            return _is_mended(value, b'"event_type":"\xff', b'"event_type":"')
+        case "wrong_type":
+            return _is_mended(value, b'{"user_id":"%b",' % key, start)
+        case "missing_field":
+            return isinstance(event, dict) and len(event) == len(FIELDS) - 1 and event.keys() < FIELDS
+        case "extra_field":
+            return _is_mended(value, b',"extra":true}', b"}")
+        case "unknown_type":
+            return _is_valid(value) and event["event_type"] == "unknown"
+    return False
+
+
+class Faults:
+    """Judges the marks in a topic."""
+
+    def __init__(self, audit: Audit, score: Score | None) -> None:
+        self.score, self._audit, self._mismarked = score, audit, 0
+
+    def add(self, record: Any, identity: re.Match[str], marks: list[Mark]) -> str:
+        """Take in a record with marks; what is to be said of it."""
+        audit, run, sequence = self._audit, self._audit.runs[identity[1]], int(identity[2])
+        event, problems = None, [""]
+        try:
+            event = parse_event(record.value)
+            _check_header(record, event["timestamp"], identity[0], identity)
+        except ValueError as error:
+            event, problems = None, [f"invalid: {error}"]
+        own = next((mark for mark in marks if mark.kind != "dropped"), None)
+        right = own is not None and self._is_right(own, record, run, sequence, event)
+        excused = own.kind if own and right else ""
+        told = [self._count(mark, record, run, identity[0], right and mark is own) for mark in marks]
+        if excused == "malformed":
+            event, problems = None, [""]
+        elif event:
+            audit.by_type[event["event_type"]] += 1
+        else:
+            audit.invalid += 1
+        if excused in ("misplaced", "malformed"):
+            problems.append(audit.partition_problem(record))
+        elif event:
+            problems.append(audit.place_problem(record, event["user_id"]))
+        if own and excused == "future":
+            record = record._replace(timestamp=record.timestamp - _ahead(own, record))
+        user_id = event["user_id"] if event else None
+        problems.append(run.add(sequence, record, user_id, excused in ("late", "duplicate")))
+        return "; ".join(filter(None, [*told, *problems]))
+
+    def _is_right(self, mark: Mark, record: Any, run: Run, sequence: int, event: dict[str, Any] | None) -> bool:
+        """Whether what a mark says of its record is so."""
+        key, user_id = record.key or b"", b"%d" % event["user_id"] if event else b""
+        match mark.kind:
+            case "late":
+                return sequence not in run
+            case "duplicate":
+                return sequence in run or record.partition in self._audit.cut
+            case "misplaced":
+                return bool(key) and key != user_id == mark.detail.encode()
+            case "future":
+                return bool(record.timestamp - _ahead(mark, record) >= run.latest(record.partition) - SET_BACK_MS)
+            case "malformed":
+                return bool(key) and is_malformed(record.value, key, mark.detail)
+        return False
+
+    def _count(self, mark: Mark, record: Any, run: Run, event_id: str, right: bool) -> str:
+        """Take in a mark; whether it is right, in words."""
+        twice = mark.number in run.marks.numbers
+        if mark.number:
+            run.marks.numbers.add(mark.number)
+        if mark.kind == "dropped":  # whether it stays away shows at the end
+            run.marks.dropped.add(int(mark.detail))
+            right = int(mark.detail) not in run
+        elif right:
+            run.marks.right[mark.kind] += 1
+            if self.score:
+                self.score.add(mark, record, event_id)
+        self._mismarked += twice or not (right or mark.kind == "dropped")
+        return f"{'on purpose' if right and not twice else 'not as marked'}: {mark.kind}:{mark.detail}"
+
+    def mark(self, run: Run, marks: list[Mark]) -> bool:
+        """Take in what is read on to fill gaps; whether the record is in its place."""
+        for mark in marks:
+            if run.marks.numbers and 0 < mark.number <= run.marks.numbers.max():
+                run.marks.numbers.add(mark.number)
+            if mark.kind == "dropped" and int(mark.detail) <= run.last:
+                run.marks.dropped.add(int(mark.detail))
+        return not any(mark.kind in ("late", "duplicate") for mark in marks)
+
+    def mismarked(self) -> int:
+        return self._mismarked + sum(len(run.marks.dropped - run.dropped()) for run in self._audit.runs.values())
+
+    def lost(self, run: Run) -> Ranges | None:
+        """The numbers that are missing; None where a beginning or an end is, too."""
+        audit, numbers = self._audit, run.marks.numbers
+        if audit.compacted or audit.held or run.judged(audit.cut, ())[0] > 1:
+            return None
+        return gaps(numbers, 1, numbers.max()) if numbers else []
+
+    def count_lost(self) -> int:
+        return sum(last - first + 1 for run in self._audit.runs.values() for first, last in self.lost(run) or ())
+
+    def of_run(self, run: Run) -> dict[str, Any]:
+        """What the report says of it besides; nothing without marks."""
+        if not run.marks.numbers and not run.marks.dropped:
+            return {}
+        counts = {**run.marks.right, "dropped": len(run.dropped())}
+        return {"faults": {kind: counts[kind] for kind in KINDS if counts.get(kind)}, "lost_faults": self.lost(run)}
+
+    def report(self) -> dict[str, Any]:
+        """As of_run, of the topic."""
+        mismarked, runs = self.mismarked(), self._audit.runs
+        told: dict[str, Any] = {"mismarked": mismarked} if mismarked or any(map(self.of_run, runs.values())) else {}
+        if self.score:
+            dropped = (f"{name}:{sequence}" for name, run in runs.items() for sequence in run.dropped())
+            told["scores"] = self.score.report(dropped)
+        return told
+
+
+# ---------------------------------------------------------------------------------------- the score of a consumer
+
+MOST_IDS = 20
+COUNTS, RATIOS = ("made", "found", "missed", "false"), ("precision", "recall")
+
+
+def read_verdicts(path: Path) -> Verdicts:
+    """What a consumer has found. Raises ValueError with the line that cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {getattr(error, 'strerror', error)}") from None
+    verdicts = Verdicts()
+    for number, line in enumerate(lines, 1):
+        if line.strip() and line.strip() != "event_id,fault":
+            try:
+                verdicts[_verdict(line)] += 1
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number} is no verdict ({error})") from None
+    return verdicts
+
+
+def _verdict(line: str) -> tuple[str, str]:
+    event_id, _, kind = (text.strip() for text in line.partition(","))
+    if event_id.startswith("{"):
+        event_id, kind = operator.itemgetter("event_id", "fault")(orjson.loads(line))
+    if not EVENT_ID.fullmatch(event_id):
+        raise ValueError(f"{event_id!r} is no event id")
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of fault")
+    return kind, event_id
+
+
+class Score:
+    """What a consumer has found of the faults, and what it has accused falsely."""
+
+    def __init__(self, verdicts: Verdicts, late_seconds: float) -> None:
+        self._verdicts, self._late_ms = verdicts, 1000 * late_seconds
+        self._made: defaultdict[str, Counter[str]] = defaultdict(Counter)  # kind -> event ids
+        self._details: dict[str, str] = {}  # event id -> how it is malformed
+        self._may_be_late: set[str] = set()  # event ids
+        self._latest: dict[int, int] = {}  # partition -> the latest time of an event without a fault, in ms
+
+    @staticmethod
+    def _time(record: Any) -> int:
+        """Of the event, in ms: the record's own where the producer sets it, as the audit has found."""
+        if record.timestamp_type == CREATE_TIME:
+            return int(record.timestamp)
+        timestamp = orjson.loads(record.value)["timestamp"]
+        return 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
+
+    def pass_by(self, record: Any) -> None:
+        """An event without a fault: what comes behind it and was before it is late."""
+        self._latest[record.partition] = max(self._latest.get(record.partition, 0), self._time(record))
+
+    def add(self, mark: Mark, record: Any, event_id: str) -> None:
+        """A fault. A consumer may call late what is a bit, or what comes a second time; it need not."""
+        must = mark.kind != "late" or self._latest.get(record.partition, 0) - self._time(record) > self._late_ms
+        if must:
+            self._made[mark.kind][event_id] += 1
+        if mark.kind == "duplicate" or not must:
+            self._may_be_late.add(event_id)
+        self._details[event_id] = mark.detail
+
+    def report(self, dropped: Iterable[str]) -> dict[str, Any]:
+        """By kind; `dropped`: event ids."""
+        self._made["dropped"] = Counter(dropped)
+        return {kind: self._of_kind(kind) for kind in KINDS}
+
+    def _of_kind(self, kind: str) -> dict[str, Any]:
+        made = self._made[kind]
+        told = Counter({event_id: count for (of, event_id), count in self._verdicts.items() if of == kind})
+        found, missed = (made & told).total(), list((made - told).elements())
+        excused = self._may_be_late if kind == "late" else ()
+        false = [event_id for event_id in (told - made).elements() if event_id not in excused]
+        details = Counter(self._details[event_id] for event_id in missed) if kind == "malformed" else None
+        return {
+            **dict(zip(COUNTS, (made.total(), found, len(missed), len(false)), strict=True)),
+            "precision": round(found / (found + len(false)), 4) if found or false else None,
+            "recall": round(found / made.total(), 4) if made else None,
+            "missed_ids": missed[:MOST_IDS],
+            "false_ids": false[:MOST_IDS],
+            **({} if details is None else {"missed_by_detail": details}),
+        }
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> list[str]:
+    """For people."""
+    lines = [f"{'Verdicts':10}" + "".join(f"{name:>9}" for name in COUNTS) + "".join(f"{name:>11}" for name in RATIOS)]
+    for kind, score in scores.items():
+        ratios = ["-" if score[name] is None else f"{score[name]:.3f}" for name in RATIOS]
+        lines.append(f"{kind:10}{''.join(f'{score[name]:9}' for name in COUNTS)}{''.join(f'{r:>11}' for r in ratios)}")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------- the report
@@ -755,10 +1080,10 @@ def read_on(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop
     """
     policy = tool.Question(lambda: cleanup_policy(settings)).wait(stop.asked)
     audit.compacted = "compact" in (policy or "")
-    if missing := audit.missing():
+    if missing := audit.sought():
         log.info("Looking for %d events further on in the topic (Ctrl+C: end at once)", missing)
     ends, deadline = reader.consumer.ends(), time.monotonic() + CLOSING_SECONDS
-    while audit.missing() or (not enough and reader.unsettled()):
+    while audit.sought() or (not enough and reader.unsettled()):
         behind = not reader.reached(ends)
         for record in (records := reader.poll()):
             audit.mark(record)
@@ -766,7 +1091,7 @@ def read_on(reader: Reader, audit: Audit, settings: ConsumerSettings, stop: Stop
             deadline = time.monotonic() + CLOSING_SECONDS
         elif time.monotonic() > deadline:
             break
-    if audit.missing() or not enough:
+    if audit.sought() or not enough:
         audit.held = reader.unread()
     if policy is None and audit.missing():
         audit.notes.append(UNKNOWN_POLICY)
@@ -806,8 +1131,9 @@ def summary(report: dict[str, Any], audit: Audit) -> str:
         lines.append(f"What is misplaced is right for {count} partitions: was the topic enlarged since?")
     faults: dict[str, object] = {"missing": "not judged" if audit.compacted else audit.missing()}
     faults |= {name: sum(run[name] for run in report["runs"]) for name in ("repeated", "reordered")}
-    faults |= {name: report[name] for name in ("misplaced", "invalid")}
+    faults |= {name: report[name] for name in ("misplaced", "invalid", "mismarked") if name in report}
     counts = ", ".join(f"{name} {count}" for name, count in faults.items())
+    lines += score_table(report["scores"]) if "scores" in report else []
     return "\n".join([*lines, f"{'OK' if report['ok'] else 'NOT OK'}: {counts}"])
 
 
@@ -815,16 +1141,25 @@ def _run_line(run: dict[str, Any]) -> str:
     missing = sum(last - first + 1 for first, last in run["missing"] or ())
     which = f" ({tool.format_ranges(run['missing'])})" if missing else ""
     cut = f"; judged from {bound} on, the topic does not go back further" if (bound := run["truncated_before"]) else ""
-    return (
+    told = (
         f"Run {run['run']}: {run['events']} events, sequences {run['first']} to {run['last']}, missing "
         f"{'not judged' if run['missing'] is None else missing}{which}, repeated {run['repeated']}, "
         f"reordered {run['reordered']}{cut}"
     )
+    return f"{told}\n  {_fault_line(run)}" if "faults" in run else told
+
+
+def _fault_line(run: dict[str, Any]) -> str:
+    made = ", ".join(f"{kind} {count}" for kind, count in run["faults"].items()) or "nothing as marked"
+    lost = run["lost_faults"]
+    which = "; lost: not judged" if lost is None else f"; lost: faults {tool.format_ranges(lost)}" if lost else ""
+    return f"made on purpose: {made}{which}"
 
 
 def audit_topic(script: tool.Script) -> int:
     settings, stop, as_json = script.settings, script.stop, "--json" in script.flags
-    audit = Audit(settings.kafka_topic)
+    found = settings.verdicts
+    audit = Audit(settings.kafka_topic, None if found is None else Score(found, settings.late_seconds))
     reader = Reader(settings, stop, audit)
     gave_up = False
     try:

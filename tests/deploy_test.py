@@ -175,7 +175,7 @@ def test_compose_accepts_the_file(compose_config: Callable[..., str]) -> None:
 
 def test_compose_gives_a_setting_to_the_container_where_it_is_set(compose_config: Callable[..., str]) -> None:
     services = yaml.safe_load(compose_config(SEED="x", START_TIME="2026-05-04", KAFKA_BROKER="nowhere"))["services"]
-    for name in ("random-event-producer", "random-churn-producer"):
+    for name in ("random-event-producer", "random-churn-producer", "random-faulty-producer"):
         given = {variable: value for variable, value in services[name]["environment"].items() if value is not None}
         assert given == {"KAFKA_BROKER": "kafka:29092", "SEED": "x", "START_TIME": "2026-05-04"}
 
@@ -185,6 +185,7 @@ def test_compose_profiles() -> None:
         "kafka": None,
         "random-event-producer": ["random"],
         "random-churn-producer": ["churn"],
+        "random-faulty-producer": ["faulty"],
         "kafka-ui": ["frontend"],
         "prometheus": ["monitoring"],
         "grafana": ["monitoring"],
@@ -199,7 +200,7 @@ def test_compose_publishes_on_this_machine_only() -> None:
 
 def test_compose_images_are_pinned() -> None:
     images = {name: service["image"] for name, service in compose()["services"].items()}
-    assert images["random-event-producer"] == images["random-churn-producer"] == IMAGE
+    assert {images[f"random-{name}-producer"] for name in ("event", "churn", "faulty")} == {IMAGE}
     assert [image for image in images.values() if not re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+", image)] == []
 
 
@@ -211,10 +212,11 @@ def test_compose_producer() -> None:
     assert re.fullmatch(r"\$\{RESTART_POLICY:-on-failure:\d\}", service["restart"])
 
 
-def test_compose_churn_producer_is_the_same_with_another_script() -> None:
-    plain, churn = (dict(compose()["services"][f"random-{name}-producer"]) for name in ("event", "churn"))
-    assert churn.pop("command") == ["python", "random_churn_producer.py"]
-    differing = {name for name in plain if plain[name] != churn.get(name)}
+@pytest.mark.parametrize("other", ["churn", "faulty"])
+def test_compose_other_producers_are_the_same_with_another_script(other: str) -> None:
+    plain, own = (dict(compose()["services"][f"random-{name}-producer"]) for name in ("event", other))
+    assert own.pop("command") == ["python", f"random_{other}_producer.py"]
+    differing = {name for name in plain if plain[name] != own.get(name)}
     assert differing == {"profiles", "container_name", "command"}
 
 

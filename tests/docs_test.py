@@ -133,9 +133,10 @@ def test_commands_set_variables_that_are_there(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_files_that_exist(page: str) -> None:
-    """Or that a command on the page makes."""
+    """Or that a command on the page makes, or that the reader is to make."""
     words = {word.strip("'\"") for line in commands(page) for word in line.split()}
     made = {name for line in commands(page) for name in re.findall(r"(?:>|--output) (\S+)", line)}
+    made |= {name for pair in re.findall(r"[Ss]ave it as `([\w.]+)`|`([\w.]+)` is yours", text(page)) for name in pair}
     assert [word for word in sorted(words - made) if FILE.fullmatch(word) and not (ROOT / word).exists()] == []
 
 
