@@ -15,11 +15,12 @@
 # ///
 from __future__ import annotations
 
-__doc__ = """Send the events of users who come in visits, slow down, leave and sometimes come back; say who has left.
+__doc__ = """Send the events of users who visit, slow down, leave and sometimes come back; --labels says who has left.
 
-Live at the pace of INTERVAL_SECONDS; with START_TIME a backfill; with SPEED at the pace of the model's own clock, from
-START_TIME to now and on in real time. The same SEED and START_TIME go on where the topic ends. --labels is the truth
-about the run that the variables describe, and the best score that any model can reach. docs/churn.md shows all of it.
+Events are sent live, one every INTERVAL_SECONDS. With START_TIME they are a backfill of past events. With SPEED they
+follow the model's own clock: from START_TIME to now, and then in real time. A second start with the same SEED and
+START_TIME continues where the topic ends. --labels prints the truth about the run that the variables describe, and the
+best score that any model can reach. docs/churn.md explains all of it.
 """
 
 import contextlib
@@ -114,9 +115,14 @@ ISO_8601 = "ISO 8601, like 2026-05-04 or 2026-05-04T12:00:00Z; UTC without an of
 
 class ChurnSettings(Settings):
     start_time: Time | None = tool.setting(None, "the model's clock starts here; none: live", ISO_8601)
-    end_time: TimeOrNow | None = tool.setting(None, "and ends here; none: now, with SPEED never", f"{ISO_8601}; or now")
+    end_time: TimeOrNow | None = tool.setting(
+        None, "the model's clock ends here; none: now, with SPEED never", f"{ISO_8601}; or now"
+    )
     speed: float | None = tool.setting(
-        None, "by the model's clock, so fast until it is now; inf: at once", "a number from 1 up, or inf", ge=1
+        None,
+        "the model's clock runs so many times as fast, until it has caught up; inf: at once",
+        "a number from 1 up, or inf",
+        ge=1,
     )
     users: int = tool.setting(1000, "how many users there are", "1 to 1000", ge=1, le=1000)
 
@@ -215,7 +221,7 @@ class RandomChurnProducer(RandomEventProducer):
         known = [f" {name}={tool.iso_format(at)}Z" for name, at in times if at != sys.maxsize]
         log.info("SEED=%s%s", self.seed, "".join(known))
         if settings.speed and not (settings.seed and settings.start_time):
-            log.info("To go on with this run after a restart, set SEED and START_TIME to these")
+            log.info("To continue this run after a restart, set SEED and START_TIME to these values")
         if settings.start_time is None:
             return
         if settings.shard_count > 1:
@@ -246,19 +252,19 @@ class RandomChurnProducer(RandomEventProducer):
         except AuthorizationError as error:
             former, self.run = self.run, RandomEventProducer().run
             log.warning(
-                f"Topic {topic} cannot be read ({type(error).__name__}), so what it has of run {former} is not known: "
+                f"Topic {topic} cannot be read ({type(error).__name__}), so its events of run {former} are not known: "
                 f"all events are sent, as run {self.run}. To resume, grant this user Read"
             )
             return 0
         if stop.requested:
             return 0
         if not past.top:
-            log.info("Topic %s has nothing of run %s, which begins at its first event", topic, self.run)
+            log.info("Topic %s has no event of run %s: the run starts at its first event", topic, self.run)
             return 0
         if emptied := past.emptied():
             which = tool.partitions_text(emptied)
             log.warning(
-                "In %s no event of run %s is left; all up to number %d count as sent", which, self.run, past.top
+                "In %s no event of run %s is left; all events up to number %d count as sent", which, self.run, past.top
             )
         return self._leave_out(past, settings, stop)
 
@@ -271,8 +277,8 @@ class RandomChurnProducer(RandomEventProducer):
                 return 0
             if (value := values.get(sequence)) and not _tells(value, moment):
                 raise tool.GiveUp(
-                    f"event {self.run}:{sequence} in topic {topic} is not as these settings make it: another version, "
-                    "subclass or machine has. Set another KAFKA_TOPIC, or another SEED"
+                    f"event {self.run}:{sequence} in topic {topic} is not what these settings make: another version, "
+                    "subclass or machine made it. Set another KAFKA_TOPIC, or another SEED"
                 )
             if sequence > bounds[moment[1]]:
                 kept.append((sequence, moment))
@@ -284,7 +290,7 @@ class RandomChurnProducer(RandomEventProducer):
         self._moments = itertools.chain(following, self._moments)
         log.info("Topic %s has %d events of run %s, up to number %d", topic, left_out, self.run, past.top)
         if following[0][0] >= self.end or left_out == most:
-            log.info("No event of the run is left to be sent. To send all of them again, set another KAFKA_TOPIC")
+            log.info("No event of the run is left to be sent. To send all events again, set another KAFKA_TOPIC")
         return left_out
 
     def stamps(self) -> Iterator[int]:
@@ -432,8 +438,8 @@ class ClockPace(tool.Pace):
 
 
 SHARDS_DIFFER = (
-    "Shards send the past each at its own speed, so that times in a partition go back by days, and Kafka Streams drops "
-    "what comes late. One process (SHARD_COUNT=1) sends 90 days in seconds, in order"
+    "Each shard sends the past at its own speed, so times in a partition can go back by days, and Kafka Streams drops "
+    "late events. Set SHARD_COUNT=1: one process sends 90 days in seconds, in order"
 )
 
 
@@ -528,7 +534,7 @@ class PastReader:
             raise
         except Exception as error:  # the client must not be asked again: it may hang then
             raise tool.GiveUp(
-                f"topic {self._topic} cannot be read, so what it has of run {self._run} is not known: {error!r}. Set "
+                f"topic {self._topic} cannot be read, so its events of run {self._run} are not known: {error!r}. Set "
                 "another KAFKA_TOPIC, or another SEED"
             ) from error
         finally:
@@ -568,7 +574,9 @@ class PastReader:
             if sum(map(past.add, records)):
                 news, ends = now, {}
                 if now > others:
-                    log.warning("Another process sends run %s to topic %s: this one waits", self._run, self._topic)
+                    log.warning(
+                        "Another process sends run %s to topic %s: waiting until it ends", self._run, self._topic
+                    )
             elif now - news >= STILL_SECONDS and self._is_read(ends := ends or ends_now):
                 return
             if others == math.inf and self._is_read(ends_now):
@@ -621,9 +629,9 @@ def keep_topic(settings: Settings, first: int) -> bool:
         keeps, kept, deletes = f"cannot be read ({type(error).__name__})", 0.0, True
     if deletes and kept < age:  # Kafka goes by the events' own time
         log.warning(
-            f"The first event is {age:.1f} days old, and the retention of topic {topic} {keeps}: Kafka deletes what is "
-            f"older, within minutes. To keep it: kafka-configs.sh --bootstrap-server {server} --alter --topic {topic} "
-            "--add-config retention.ms=-1"
+            f"The first event is {age:.1f} days old, and the retention of topic {topic} {keeps}: Kafka deletes older "
+            f"events within minutes. To keep them: kafka-configs.sh --bootstrap-server {server} --alter "
+            f"--topic {topic} --add-config retention.ms=-1"
         )
     return False
 
@@ -719,7 +727,7 @@ def print_labels(generator: RandomChurnProducer, script: tool.Script) -> int:
 
 
 # Assigned, so that --help has it under `python -OO`, too.
-print_labels.__doc__ = "print who has left by the end of the run, as CSV, and the best score that a model can reach"
+print_labels.__doc__ = "print who has left, as CSV, and the best score that a model can reach"
 
 
 def best_possible(scores: Sequence[float], gone: Sequence[bool]) -> str:

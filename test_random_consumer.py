@@ -19,10 +19,10 @@ from __future__ import annotations
 
 __doc__ = """Read the topic, show every event, and say what is missing, repeated, reordered, misplaced or invalid.
 
-Reads without a consumer group and leaves nothing on the broker. Ends at Ctrl+C, after MAX_EVENTS, or after
-TIMEOUT_SECONDS without a new event. What is marked as made on purpose (docs/faults.md) is told apart; VERDICTS scores
-what a consumer has found of it. Exit code 0 when all is well, 1 when not (or when something could not be judged, or
-fewer than MAX_EVENTS came), 2 for bad settings.
+It reads without a consumer group and leaves nothing on the broker. It ends at Ctrl+C, after MAX_EVENTS, or after
+TIMEOUT_SECONDS without a new event. Faults that are marked as made on purpose (docs/faults.md) are not errors; VERDICTS
+scores the faults that a consumer has found. Exit code 0: all is well; 1: it is not, something could not be judged, or
+fewer than MAX_EVENTS came; 2: the settings are wrong.
 """
 
 # In the order of a record: settings -> reading -> the event -> audit -> the report.
@@ -84,9 +84,9 @@ VerdictsFile = Annotated[Any, BeforeValidator(lambda path: read_verdicts(Path(pa
 
 
 class ConsumerSettings(tool.Settings):
-    connect_timeout_seconds: Seconds = setting(30, "give up when Kafka is not reached in time", "a number above 0")
+    connect_timeout_seconds: Seconds = setting(30, "seconds to wait for Kafka", "a number above 0")
     timeout_seconds: Seconds | None = setting(
-        None, "stop so long after the last new event; none: go on", "a number above 0"
+        None, "stop this many seconds after the last new event; none: go on", "a number above 0"
     )
     start: Start = setting("earliest", "where in the topic to begin", "earliest or latest")
     verdicts: VerdictsFile | None = setting(
@@ -94,7 +94,9 @@ class ConsumerSettings(tool.Settings):
         "score the faults that a consumer has found",
         "a file with lines `event_id,fault`, or with such JSON objects",
     )
-    late_seconds: float = setting(0, "only what is later must be found", "0 or more", ge=0, allow_inf_nan=False)
+    late_seconds: float = setting(
+        0, "a late event must be found if it is later than this", "0 or more", ge=0, allow_inf_nan=False
+    )
 
 
 # ------------------------------------------------------------------------------------- kafka-python, repaired

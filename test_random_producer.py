@@ -15,9 +15,9 @@
 # ///
 from __future__ import annotations
 
-__doc__ = """Send a few sample events to the topic, at least one of each type, and say where each one went.
+__doc__ = """Send a few sample events to the topic, at least one of each type, and print where each one is stored.
 
-10 events, or MAX_EVENTS. Exit code 0 when Kafka has confirmed all of them, 1 when not, 2 for bad settings.
+It sends 10 events, or MAX_EVENTS. Exit code 0: Kafka has confirmed all of them; 1: it has not; 2: wrong settings.
 """
 
 import os
@@ -46,9 +46,7 @@ from random_event_producer import (
 
 class SampleSettings(Settings):
     max_events: int = setting(10, "how many events to send", "a whole number from 1 up", ge=1)
-    connect_timeout_seconds: Seconds = setting(
-        30, "give up when Kafka is not reached in time", "a number above 0", gt=0
-    )
+    connect_timeout_seconds: Seconds = setting(30, "seconds to wait for Kafka", "a number above 0", gt=0)
 
 
 def samples(generator: RandomEventProducer, count: int) -> Iterator[Event]:

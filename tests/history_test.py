@@ -346,7 +346,7 @@ def test_a_topic_that_was_emptied(start: Start, apache: ApacheKafka, topic: str)
     delete_before(apache.direct, topic, 0, -1)
     again = start(**WEEK)
     succeeds(again)
-    again.wait_for(f"INFO - Topic {topic} has nothing of run {run_of()}, which begins at its first event")
+    again.wait_for(f"INFO - Topic {topic} has no event of run {run_of()}: the run starts at its first event")
     assert values(apache, topic) == printed(**WEEK)
 
 
@@ -360,7 +360,7 @@ def test_partitions_without_their_beginning(start: Start, apache: ApacheKafka, t
     again = start(**WEEK, MAX_EVENTS=2000)
     succeeds(again)
     assert [line.partition(" - WARNING - ")[2] for line in warnings(again)] == [
-        f"In partition 1 no event of run {run_of()} is left; all up to number 1000 count as sent"
+        f"In partition 1 no event of run {run_of()} is left; all events up to number 1000 count as sent"
     ]
     records = read_all(apache.direct, topic)
     assert len(records) == left + 1000
@@ -394,7 +394,7 @@ def test_a_user_who_may_not_read(run_script: RunScript, make_apache: MakeApache,
             script = run_script(SCRIPT, **settings)
             succeeds(script)
             (line,) = warnings(script)
-            found = re.search(rf"of run {run_of()} is not known: all events are sent, as run (\w+)\..*Read", line)
+            found = re.search(rf"of run {run_of()} are not known: all events are sent, as run (\w+)\..*Read", line)
             assert found, line
             runs.append(found[1])
         verdict = audit(read_all(kafka.direct, topic), 1)
@@ -414,7 +414,7 @@ def test_events_of_the_run_that_these_settings_do_not_make(start: Start, apache:
     write(apache.direct, topic, [raw(run_of(), 1, 5)])
     script = start(**WEEK)
     assert script.wait() == 1
-    script.wait_for(f"ERROR - event {run_of()}:1 in topic {topic} is not as these settings make it.*KAFKA_TOPIC")
+    script.wait_for(f"ERROR - event {run_of()}:1 in topic {topic} is not what these settings make.*KAFKA_TOPIC")
     assert len(read_all(apache.direct, topic)) == 1
 
 
@@ -424,7 +424,7 @@ def test_a_record_that_cannot_be_read(start: Start, apache: ApacheKafka, topic: 
     script = start(**WEEK)
     assert script.wait() == 1
     script.wait_for(
-        f"ERROR - topic {topic} cannot be read, so what it has of run {run_of()} is not known: .*KAFKA_TOPIC"
+        f"ERROR - topic {topic} cannot be read, so its events of run {run_of()} are not known: .*KAFKA_TOPIC"
     )
 
 
@@ -630,7 +630,7 @@ def test_shards_of_a_history_are_warned_of(start: Start) -> None:
     script = start(**WEEK, SHARD_COUNT=2, SHARD_INDEX=0, MAX_EVENTS=5)
     succeeds(script)
     (line,) = warnings(script)
-    assert re.search("Shards send the past each at its own speed.*SHARD_COUNT=1", line)
+    assert re.search("Each shard sends the past at its own speed.*SHARD_COUNT=1", line)
 
 
 ADDED = """

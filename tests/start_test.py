@@ -207,7 +207,7 @@ def test_a_name_that_is_mistyped(beside: Callable[..., Script], tansu: Tansu, to
     settings = settings_of(name, tansu, topic) | {"KAFKA_TOPICS": "hunter2", "INTERVAL_SECOND": "hunter2"}
     script = beside("kafka_brokers=hunter2\n", name, **settings)
     assert script.wait() == 0, script.tail()
-    wanted = [f"{given} is not a setting: is {meant} meant?" for given, meant in MISTYPED.items()]
+    wanted = [f"{given} is not a setting: did you mean {meant}?" for given, meant in MISTYPED.items()]
     assert sorted(warned(script)) == sorted(wanted)
     assert "hunter2" not in script.stderr
 
