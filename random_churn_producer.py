@@ -218,7 +218,7 @@ class RandomChurnProducer(RandomEventProducer):
     def prepare(self, settings: Any, stop: tool.Stop, with_kafka: bool) -> None:
         """Say what makes the same run again; of the past, how long it takes and whether Kafka will keep it."""
         times = () if self.live else (("START_TIME", self.start), ("END_TIME", self.end))
-        known = [f" {name}={tool.iso_format(at)}Z" for name, at in times if at != sys.maxsize]
+        known = [f" {name}={tool.iso_format(at).decode()}Z" for name, at in times if at != sys.maxsize]
         log.info("SEED=%s%s", self.seed, "".join(known))
         if settings.speed and not (settings.seed and settings.start_time):
             log.info("To continue this run after a restart, set SEED and START_TIME to these values")
@@ -505,7 +505,7 @@ def _tells(value: bytes, moment: Moment) -> bool:
         event = orjson.loads(value)
     except ValueError:
         return False
-    expected = {"user_id": user_id, "event_type": event_type, "timestamp": tool.iso_format(at)}
+    expected = {"user_id": user_id, "event_type": event_type, "timestamp": tool.iso_format(at).decode()}
     return isinstance(event, dict) and expected.items() <= event.items()
 
 
@@ -647,7 +647,8 @@ class Record:
         self._types: list[str] = []  # of its events
 
     def add(self, sequence: int, at: int, event_type: str, state: str) -> None:
-        self.events, self.sequence, self.last, self.state = self.events + 1, sequence, tool.iso_format(at), state
+        self.events, self.sequence, self.state = self.events + 1, sequence, state
+        self.last = tool.iso_format(at).decode()
         if at >= self._since:
             self._end_visit()
             self._wait = model_days(at) - model_days(self._since)

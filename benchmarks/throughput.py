@@ -291,6 +291,8 @@ def throughput(bootstrap: str, events: int) -> Iterator[str]:
 
 def generation(events: int = 100_000) -> float:
     make = tool.RandomEventProducer().generate_event
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)  # as in a run
     start = time.process_time()
     for _ in range(events):
         make(0.0)
