@@ -38,7 +38,7 @@ from datetime import datetime, timedelta
 from heapq import heappop, heappush
 from typing import Annotated, Any, Literal, Self
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]  # which `python -I` leaves out
+sys.path[:0] = [os.path.dirname(os.path.realpath(__file__))]  # which `python -I` leaves out
 
 import random_event_producer as tool
 from random_churn_producer import DAY, ChurnSettings, RandomChurnProducer, instant_of, model_days
@@ -50,7 +50,7 @@ from pydantic import AfterValidator
 Draw = Callable[[], float]  # 0 to 1, 1 excluded
 
 STREAMS: dict[str, type[RandomEventProducer]] = {"random": RandomEventProducer, "churn": RandomChurnProducer}
-SKIPPED_ONE_BY_ONE = 1_000_000  # due times; of a longer gap, their expected number
+COUNTED_ONE_BY_ONE = 100_000  # due times that are given up; of a tenth of a gap with more, their expected number
 
 # -------------------------------------------------------------------------------------------------------- faults
 # The tables are in the order of the dice. An event suffers one fault at most.
@@ -320,24 +320,26 @@ def _due(records: Iterable[Event], dues: Iterable[float]) -> list[Event]:
 class DrawnPace(tool.Pace):
     """Due times that are drawn in advance, whatever a send takes; `interval` apart on average."""
 
-    def __init__(self, settings: FaultySettings, seed: str) -> None:
-        self._arrivals, self._seed = settings.arrivals, seed
+    def __init__(self, settings: FaultySettings, seed: str, clock: Callable[[], int] = time.time_ns) -> None:
+        """`clock` gives nanoseconds since 1970, UTC."""
+        self._arrivals, self._seed, self._clock = settings.arrivals, seed, clock
         super().__init__(settings.interval_seconds, time.monotonic(), settings.duration_seconds)
 
     def begin(self, start: float) -> None:
         super().begin(start)
-        self._chance, self._zero = random.Random(self._seed), time.time_ns() // 1000
-        self._due = self._after(0.0)
+        self._chance, self._zero, self._waits = random.Random(self._seed), self._clock() // 1000, 0.0
+        self._draw()
 
-    def _after(self, due: float) -> float:
-        """When the one after that is due; both in seconds since the start."""
+    def _draw(self) -> None:
+        """When the next one is due, in seconds since the start."""
         wait = self._chance.expovariate(1 / self.interval)
         if self._arrivals == "bursty":
-            return due + (10 * wait if self._chance.random() < 1 / 10 else 0)
+            wait = 10 * wait if self._chance.random() < 1 / 10 else 0.0
+        self._waits += wait
+        self._due = self._waits
         if self._arrivals == "daily":  # by the churn model's clock, fast in the evening and slow at night
-            days = model_days(self._zero + round(1e6 * due)) + wait * 1e6 / DAY
-            return max(due, (instant_of(days) - self._zero) / 1e6)
-        return due + wait
+            days = model_days(self._zero) + self._waits * 1e6 / DAY
+            self._due = (instant_of(days) - self._zero) / 1e6
 
     def due(self) -> float:
         return self.start + self._due
@@ -345,11 +347,12 @@ class DrawnPace(tool.Pace):
     def skip(self, now: float) -> int:
         """Give up what is more than CATCH_UP_SECONDS late; how many that were."""
         until, missed = min(now - tool.CATCH_UP_SECONDS, self.end) - self.start, 0
-        if (expected := int((until - self._due) / self.interval)) > SKIPPED_ONE_BY_ONE:
-            missed, self._due = expected, until
         while self._due < until:
-            self._due = self._after(self._due)
-            missed += 1
+            many = int((until - self._due) / self.interval / 10)  # even at night no more than there are
+            many = many if many > COUNTED_ONE_BY_ONE else 0
+            self._waits += many * self.interval
+            self._draw()
+            missed += many + 1
         self.skipped += missed
         return missed
 
@@ -357,7 +360,7 @@ class DrawnPace(tool.Pace):
         dues: list[float] = []
         while len(dues) < most and self.due() <= now and not self.finished(now):
             dues.append(self.due())
-            self._due = self._after(self._due)
+            self._draw()
         return dues
 
     def finished(self, now: float) -> bool:  # noqa: ARG002

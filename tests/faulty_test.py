@@ -401,12 +401,9 @@ def test_an_answer_key_needs_a_seed_and_an_end(settings: dict[str, Any], missing
 def drawn(arrivals: str, interval: float, start: float = 0.0, duration: float | None = None) -> DrawnPace:
     """With its first second on Monday 2026-05-04, whatever the day is."""
     given: dict[str, Any] = {"arrivals": arrivals, "interval_seconds": interval, "duration_seconds": duration}
-    settings = FaultySettings(**given)
-    pace = DrawnPace(settings, "x/0/1/arrivals")
+    monday = int(datetime(2026, 5, 4, tzinfo=UTC).timestamp()) * 1_000_000_000
+    pace = DrawnPace(FaultySettings(**given), "x/0/1/arrivals", lambda: monday)
     pace.begin(start)
-    pace._zero = int(datetime(2026, 5, 4, tzinfo=UTC).timestamp()) * 1_000_000
-    pace._chance, pace._due = random.Random("x/0/1/arrivals"), 0.0
-    pace._due = pace._after(0.0)
     return pace
 
 
@@ -460,11 +457,20 @@ def test_taken_and_skipped_are_all_that_was_due(arrivals: str) -> None:
     assert 100 < pace.skipped < len(everything)
 
 
-def test_a_long_gap_holds_nothing_up() -> None:
-    pace = drawn("daily", 0.0001)
-    missed = pace.skip(86_400.0)  # one by one it would take longer than a test may
-    assert missed == pytest.approx(864_000_000, rel=0.001)
-    assert 86_390 < pace.due() < 86_400
+@pytest.mark.parametrize(("arrivals", "share"), [("poisson", 1.0), ("bursty", 1.0), ("daily", 1.04)])
+def test_a_long_gap_holds_nothing_up(arrivals: str, share: float) -> None:
+    """One by one it would take longer than a test may. A Monday has 4 % more than the average day."""
+    pace = drawn(arrivals, 0.0001)
+    assert pace.skip(86_400.0) == pytest.approx(share * 864_000_000, rel=0.001)
+    assert 86_399 <= pace.due() < 86_399.1
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "bursty", "daily"])
+def test_a_pace_that_nothing_keeps_is_given_up_too(arrivals: str) -> None:
+    """Waits far shorter than a microsecond add up all the same."""
+    pace = drawn(arrivals, 1e-10)
+    assert pace.skip(2.0) > 5e9
+    assert 1.0 <= pace.due() < 1.1
 
 
 def test_bursts_come_at_once_and_the_rate_is_what_was_reached(run_script: RunScript) -> None:
