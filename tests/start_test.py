@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import random_event_producer as tool
 
-CHURN = "random_churn_producer.py"
-SCRIPTS = [TOOL, SMOKE, AUDITOR, CHURN]
+CHURN, FAULTY = "random_churn_producer.py", "random_faulty_producer.py"
+SCRIPTS = [TOOL, SMOKE, AUDITOR, CHURN, FAULTY]
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - INFO - .*")
 TIMESTAMP = re.compile(r'"timestamp":"[^"]*"')
 
@@ -123,7 +123,13 @@ def test_by_a_symbolic_link(tansu: Tansu, topic: str, tmp_path: Path, name: str)
     runs_as_ever(name, command_of(name, options, folder=tmp_path), environment, tmp_path)
 
 
-OFFLINE = [*([name, "--help"] for name in SCRIPTS), [TOOL, "--print"], [TOOL, "--schema"], [CHURN, "--labels"]]
+OFFLINE = [
+    *([name, "--help"] for name in SCRIPTS),
+    [TOOL, "--print"],
+    [TOOL, "--schema"],
+    [CHURN, "--labels"],
+    [FAULTY, "--faults"],
+]
 
 
 @pytest.mark.parametrize("mode", ["optimized", "ASCII"])
