@@ -189,10 +189,10 @@ class FaultySettings(ChurnSettings):
         yield from super().clashes()
         if self.arrivals != "even" and not self.interval_seconds:
             yield Clash("arrivals", "no use with INTERVAL_SECONDS=0", "interval_seconds")
-        of_churn = OF_CHURN & self.model_fields_set if self.stream == "random" else ()
-        for name in sorted(of_churn):
-            yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
-        if self.speed and not of_churn:
+        if self.stream == "random":
+            for name in sorted(OF_CHURN & self.model_fields_set):
+                yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
+        elif self.speed:
             yield Clash("speed", "no use with faults, which come a number of events later: set INTERVAL_SECONDS")
 
 
@@ -218,10 +218,9 @@ class RandomFaultyProducer(RandomEventProducer):
         self._distance, self._last = settings.fault_distance, settings.max_events or sys.maxsize
         self._sequence = 0  # of the stream's last event so far
         self._held: list[tuple[int, int, Event, str]] = []  # a heap: the sequence it comes behind, its own, its fault
-        self._dropped: list[int] = []  # since the last record
+        self._dropped: list[str] = []  # the faults of events dropped since the last record
         self._numbers = itertools.count(1)
-        asked_for = {"malformed" if kind in MALFORMED else kind for kind in shares}
-        self.faults = {kind: 0 for kind in KINDS if kind in asked_for}
+        self.faults = dict.fromkeys(("malformed" if kind in MALFORMED else kind for kind in shares), 0)
         self._records = self._hand_on_all()
 
     @classmethod
@@ -282,7 +281,7 @@ class RandomFaultyProducer(RandomEventProducer):
     def _suffer(self, event: Event, kind: str, draw: Draw) -> Iterator[Event]:
         """What comes in the place of an event."""
         if kind == "dropped":
-            self._dropped.append(event.sequence)
+            self._dropped.append(f"dropped:{event.sequence}")
         elif kind in IN_PLACE:
             yield self._hand_on(event, *IN_PLACE[kind](event, draw))
         elif kind:
@@ -293,13 +292,10 @@ class RandomFaultyProducer(RandomEventProducer):
 
     def _hand_on(self, event: Event, fault: str = "", becomes: Event | None = None) -> Event:
         """The record of an event, with its mark and those of the events dropped just before it, if there are any."""
-        if self._dropped:
-            faults = [fault] * bool(fault) + [f"dropped:{sequence}" for sequence in self._dropped]
-            self._dropped.clear()
-        elif fault:
-            faults = [fault]
-        else:
+        faults = [fault] * bool(fault) + self._dropped
+        if not faults:
             return event
+        self._dropped.clear()
         for each in faults:
             self.faults[each[: each.index(":")]] += 1
         marks, it = [f"{next(self._numbers)}:{each}" for each in faults], becomes or event
