@@ -30,7 +30,6 @@ fewer than MAX_EVENTS came; 2: the settings are wrong.
 import functools
 import itertools
 import math
-import operator
 import os
 import re
 import sys
@@ -79,7 +78,7 @@ COMPACTED = "the topic is compacted, which removes all but the last event of a u
 Ranges = list[tuple[int, int]]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Start = Annotated[Literal["earliest", "latest"], tool.Lower]
-Verdicts = Counter[tuple[str, str]]  # kind of fault and event id -> how often
+Verdicts = defaultdict[str, Counter[str]]  # kind of fault -> event ids
 VerdictsFile = Annotated[Any, BeforeValidator(lambda path: read_verdicts(Path(path)))]
 
 
@@ -524,10 +523,14 @@ def event_id_of(record: Any) -> str | None:
     return None
 
 
+def _milliseconds(timestamp: str) -> int:
+    return 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
+
+
 def _check_header(record: Any, timestamp: str, event_id: str, identity: re.Match[str] | None) -> None:
     if not identity:
         raise ValueError(f"the header event_id is {event_id!r}, not run:sequence")
-    created = 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
+    created = _milliseconds(timestamp)
     if record.timestamp_type == CREATE_TIME and record.timestamp != created:
         raise ValueError(f"the record's time is {record.timestamp} ms, the event's {created} ms")
 
@@ -647,7 +650,7 @@ class Audit:
         self.held: dict[int, str] = {}  # partitions that could not be read to their end, and why
         self.compacted = False
         self.notes: list[str] = []  # on what was left out of judgement
-        self.faults = Faults(self, score)
+        self.score, self.faults = score, Faults(self)
         self._wrong_keys = 0
         self._strays: Counter[tuple[int, int]] = Counter()  # (hash of the key, partition)
 
@@ -658,34 +661,41 @@ class Audit:
             self.cut[record.partition] = record.timestamp
         event_id = event_id_of(record)
         identity = EVENT_ID.fullmatch(event_id or "")
+        fault, kind, said, event, problem, order = NO_FAULT, "", "", None, "", ""
         if len(record.headers) > 1 and identity and (marks := marks_of(record)):
-            return self.faults.add(record, identity, marks)
-        user_id, problem = None, ""
+            fault, said = self.faults.judge(record, self.runs[identity[1]], int(identity[2]), marks)
+            kind = fault.kind
         try:
-            event = parse_event(record.value)
-            if event_id is not None:
-                _check_header(record, event["timestamp"], event_id, identity)
-                user_id = event["user_id"]
-                problem = self.place_problem(record, user_id)
-            self.by_type[event["event_type"]] += 1
+            if kind == "malformed":
+                problem = self._place_problem(record, None)
+            else:
+                event = parse_event(record.value)
+                if event_id is not None:
+                    _check_header(record, event["timestamp"], event_id, identity)
+                    problem = self._place_problem(record, None if kind == "misplaced" else event["user_id"])
+                self.by_type[event["event_type"]] += 1
         except ValueError as error:
-            problem = f"invalid: {error}"
+            event, problem = None, f"invalid: {error}"
             self.invalid += event_id is not None
             self.invalid_without_id += event_id is None
         self.without_id += event_id is None
-        if identity and (order := self.runs[identity[1]].add(int(identity[2]), record, user_id)):
-            problem = f"{problem}; {order}" if problem else order
-        if (score := self.faults.score) and not problem:
-            score.pass_by(record)
-        return problem
+        if kind == "future":
+            record = record._replace(timestamp=record.timestamp - _ahead(fault, record))
+        if identity:
+            user_id = event["user_id"] if event else None
+            order = self.runs[identity[1]].add(int(identity[2]), record, user_id, kind in OUT_OF_PLACE)
+        if self.score and (kind or not (problem or order)):
+            self.score.add(record.partition, event_id or "", event, fault)
+        return "; ".join(filter(None, (said, problem, order))) if said or problem or order else ""
 
     def mark(self, record: Any) -> None:
         """Note that an event of a known run is there, up to the last one read; nothing is counted."""
         identity = EVENT_ID.fullmatch(event_id_of(record) or "")
         if identity and (run := self.runs.get(identity[1])):
-            in_place = self.faults.mark(run, marks_of(record))
+            marks = marks_of(record)
+            run.marks.read_on(marks, run.last)
             if int(identity[2]) <= run.last:
-                run.mark(int(identity[2]), record, in_place)
+                run.mark(int(identity[2]), record, all(mark.kind not in OUT_OF_PLACE for mark in marks))
 
     def note_unreadable(self, partition: int, first: int, last: int, cause: str) -> None:
         place = f"offset {first}" if first == last else f"offsets {first} to {last}"
@@ -700,13 +710,15 @@ class Audit:
 
     def sought(self) -> int:
         """How many records would make the audit complete: missing events, and lost faults."""
-        return self.missing() + self.faults.count_lost()
+        lost = (last - first + 1 for run in self.runs.values() for first, last in self.faults.lost(run) or ())
+        return self.missing() + sum(lost)
 
     def report(self) -> dict[str, Any]:
         """The document that --json prints."""
         runs = [self._run_report(name, run) for name, run in self.runs.items()]
         misplaced = self._wrong_keys + sum(self._misplaced().values())
-        faults = (run[fault] for run in runs for fault in ("missing", "repeated", "reordered"))
+        mismarked, dropped = self.faults.mismarked(), ((name, run.dropped()) for name, run in self.runs.items())
+        faults = (run.get(fault) for run in runs for fault in ("missing", "repeated", "reordered", "lost_faults"))
         unjudged = [*self.notes, *self.held.values(), *self._excused()]
         if not (self.runs or unjudged):
             unjudged = ["no event of a run (with an event_id) was read, so nothing was judged"]
@@ -717,17 +729,11 @@ class Audit:
             "without_id": self.without_id,
             "invalid": self.invalid,
             "misplaced": misplaced,
-            "ok": not (
-                self.invalid
-                or misplaced
-                or any(faults)
-                or unjudged
-                or self.faults.mismarked()
-                or self.faults.count_lost()
-            ),
+            "ok": not (self.invalid or misplaced or mismarked or any(faults) or unjudged),
             "notes": [COMPACTED] * self.compacted + unjudged,
             "runs": runs,
-            **self.faults.report(),
+            **({"mismarked": mismarked} if mismarked or any("faults" in run for run in runs) else {}),
+            **({"scores": self.score.report(dropped)} if self.score else {}),
         }
 
     def enlarged_from(self) -> int | None:
@@ -758,13 +764,11 @@ class Audit:
                 where = _partitions(run.absent(self.cut))
                 yield f"run {name} has gaps that cannot be judged: it has no event in {where}, not read from the start"
 
-    def place_problem(self, record: Any, user_id: int) -> str:
-        if record.key != b"%d" % user_id:
+    def _place_problem(self, record: Any, user_id: int | None) -> str:
+        """`user_id`: whose key it must have; None: anybody's."""
+        if user_id is not None and record.key != b"%d" % user_id:
             self._wrong_keys += 1
             return "misplaced: the key is not the user_id"
-        return self.partition_problem(record)
-
-    def partition_problem(self, record: Any) -> str:
         key = key_hash(record.key)
         if key % self.counts[-1] == record.partition:
             return ""
@@ -785,10 +789,18 @@ class Audit:
 # excuses one thing; whatever else is wrong counts as always.
 
 KINDS = ("late", "duplicate", "dropped", "misplaced", "future", "malformed")
+OUT_OF_PLACE = ("late", "duplicate")  # such records do not tell where their run begins or ends in a partition
 MARK = re.compile(
     r"([1-9][0-9]{0,17}):((?:late|duplicate|dropped|misplaced|future):[1-9][0-9]{0,17}|malformed:[a-z_]+)"
 )
-FIELDS = {"user_id", "event_type", "timestamp", "metadata"}
+MISSING_FIELD = {f"{name}: is missing" for name in ("user_id", "event_type", "timestamp", "metadata")}
+TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # in JSON; the last one may have no end
+MENDED = {  # how a value is malformed: what to replace by what, so that it is valid
+    "encoding": (rb'^({"user_id":\d+,"event_type":")\xff', rb"\1"),
+    "wrong_type": (rb'^{"user_id":"(\d+)"', rb'{"user_id":\1'),
+    "extra_field": (rb',"extra":true}$', b"}"),
+    "unknown_type": (rb'^({"user_id":\d+,"event_type":")unknown"', rb'\1known"'),
+}
 SET_BACK_MS = 500  # that a clock may be corrected by
 
 
@@ -798,11 +810,41 @@ class Mark(NamedTuple):
     detail: str
 
 
+NO_FAULT = Mark(0, "", "")
+
+
 def marks_of(record: Any) -> list[Mark]:
     """Its own, if it has one, and those of the events that were dropped before it."""
     texts = (bytes(value or b"").decode(errors="replace") for name, value in record.headers if name == "fault")
     found = ((MARK.fullmatch(text), text) for text in texts)
-    return [Mark(int(mark[1]), *mark[2].split(":")) if mark else Mark(0, text, "") for mark, text in found]
+    return [Mark(int(mark[1]), *mark[2].split(":")) if mark else Mark(0, "", text) for mark, text in found]
+
+
+def _ahead(mark: Mark, record: Any) -> int:
+    """How far a record's time is ahead, in ms: the broker's own never is."""
+    return 1000 * int(mark.detail) if record.timestamp_type == CREATE_TIME else 0
+
+
+def is_malformed(value: bytes | None, key: bytes, how: str) -> bool:
+    """Whether a value is malformed just so; `key`: the user_id that it should have."""
+    if value is None or how == "tombstone":
+        return value is None and how == "tombstone"
+    start = b'{"user_id":%b,' % key
+    if how == "truncated":
+        bare = TEXT.sub(b"", value)
+        return start.startswith(value[: len(start)]) and bare.count(b"{") > bare.count(b"}")
+    if how == "missing_field":
+        return _problem(value) in MISSING_FIELD
+    mended = re.sub(*MENDED[how], value) if how in MENDED else value
+    return mended != value and mended.startswith(start) and not _problem(mended)
+
+
+def _problem(value: bytes) -> str:
+    try:
+        parse_event(value)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class Marks:
@@ -812,125 +854,63 @@ class Marks:
         self.numbers, self.dropped = BitMap64(), BitMap64()  # of faults; sequences
         self.right: Counter[str] = Counter()  # by kind; whether an event was dropped shows at the end
 
-
-def _ahead(mark: Mark, record: Any) -> int:
-    """How far a record's time is ahead, in ms: the broker's own never is."""
-    return 1000 * int(mark.detail) if record.timestamp_type == CREATE_TIME else 0
-
-
-def _is_valid(value: bytes) -> bool:
-    try:
-        return bool(parse_event(value))
-    except ValueError:
-        return False
-
-
-def _is_mended(value: bytes, wrong: bytes, right: bytes) -> bool:
-    return wrong in value and not _is_valid(value) and _is_valid(value.replace(wrong, right, 1))
-
-
-def is_malformed(value: bytes | None, key: bytes, how: str) -> bool:
-    """Whether a value is malformed just so; `key`: the user_id that it should have."""
-    if value is None or how == "tombstone":
-        return value is None and how == "tombstone"
-    start = b'{"user_id":%b,' % key
-    try:
-        event = orjson.loads(value)
-    except ValueError:
-        event = None
-    match how:
-        case "truncated":
-            return event is None and value.count(b"{") > value.count(b"}") and start.startswith(value[: len(start)])
-        case "encoding":
-            return _is_mended(value, b'"event_type":"\xff', b'"event_type":"')
-        case "wrong_type":
-            return _is_mended(value, b'{"user_id":"%b",' % key, start)
-        case "missing_field":
-            return isinstance(event, dict) and len(event) == len(FIELDS) - 1 and event.keys() < FIELDS
-        case "extra_field":
-            return _is_mended(value, b',"extra":true}', b"}")
-        case "unknown_type":
-            return _is_valid(value) and event["event_type"] == "unknown"
-    return False
+    def read_on(self, marks: Iterable[Mark], last: int) -> None:
+        """Of what is read on, take in only what fills a gap; `last`: the run's last sequence."""
+        for mark in marks:
+            if self.numbers and 0 < mark.number <= self.numbers.max():
+                self.numbers.add(mark.number)
+            if mark.kind == "dropped" and int(mark.detail) <= last:
+                self.dropped.add(int(mark.detail))
 
 
 class Faults:
     """Judges the marks in a topic."""
 
-    def __init__(self, audit: Audit, score: Score | None) -> None:
-        self.score, self._audit, self._mismarked = score, audit, 0
+    def __init__(self, audit: Audit) -> None:
+        self._audit = audit
+        self._wrong: Counter[str] = Counter()  # marks, by kind
 
-    def add(self, record: Any, identity: re.Match[str], marks: list[Mark]) -> str:
-        """Take in a record with marks; what is to be said of it."""
-        audit, run, sequence = self._audit, self._audit.runs[identity[1]], int(identity[2])
-        event, problems = None, [""]
-        try:
-            event = parse_event(record.value)
-            _check_header(record, event["timestamp"], identity[0], identity)
-        except ValueError as error:
-            event, problems = None, [f"invalid: {error}"]
-        own = next((mark for mark in marks if mark.kind != "dropped"), None)
-        right = own is not None and self._is_right(own, record, run, sequence, event)
-        excused = own.kind if own and right else ""
-        told = [self._count(mark, record, run, identity[0], right and mark is own) for mark in marks]
-        if excused == "malformed":
-            event, problems = None, [""]
-        elif event:
-            audit.by_type[event["event_type"]] += 1
-        else:
-            audit.invalid += 1
-        if excused in ("misplaced", "malformed"):
-            problems.append(audit.partition_problem(record))
-        elif event:
-            problems.append(audit.place_problem(record, event["user_id"]))
-        if own and excused == "future":
-            record = record._replace(timestamp=record.timestamp - _ahead(own, record))
-        user_id = event["user_id"] if event else None
-        problems.append(run.add(sequence, record, user_id, excused in ("late", "duplicate")))
-        return "; ".join(filter(None, [*told, *problems]))
+    def judge(self, record: Any, run: Run, sequence: int, marks: list[Mark]) -> tuple[Mark, str]:
+        """Take in a record's marks: the one that excuses something, and what is to be said of them."""
+        own = next((mark for mark in marks if mark.kind != "dropped"), NO_FAULT)  # an event suffers one fault at most
+        fault, said = NO_FAULT, list[str]()
+        for mark in marks:
+            fits = mark.number not in run.marks.numbers and (mark is own or mark.kind == "dropped")
+            right = fits and self._is_right(mark, record, run, sequence)
+            if mark.number:
+                run.marks.numbers.add(mark.number)
+            if right and mark.kind == "dropped":
+                run.marks.dropped.add(int(mark.detail))
+            elif right or mark.kind == "duplicate":
+                fault = mark
+            run.marks.right[mark.kind] += right
+            self._wrong[mark.kind] += not right
+            said.append(f"{'on purpose' if right else 'not as marked'}: {':'.join(filter(None, mark[1:]))}")
+        return fault, "; ".join(said)
 
-    def _is_right(self, mark: Mark, record: Any, run: Run, sequence: int, event: dict[str, Any] | None) -> bool:
+    def _is_right(self, mark: Mark, record: Any, run: Run, sequence: int) -> bool:
         """Whether what a mark says of its record is so."""
-        key, user_id = record.key or b"", b"%d" % event["user_id"] if event else b""
+        key, value, detail = record.key or b"", record.value or b"", mark.detail.encode()
         match mark.kind:
             case "late":
                 return sequence not in run
             case "duplicate":
                 return sequence in run or record.partition in self._audit.cut
+            case "dropped":  # so far
+                return int(mark.detail) not in run
             case "misplaced":
-                return bool(key) and key != user_id == mark.detail.encode()
+                return key not in (b"", detail) and value.startswith(b'{"user_id":%b,' % detail)
             case "future":
                 return bool(record.timestamp - _ahead(mark, record) >= run.latest(record.partition) - SET_BACK_MS)
             case "malformed":
                 return bool(key) and is_malformed(record.value, key, mark.detail)
         return False
 
-    def _count(self, mark: Mark, record: Any, run: Run, event_id: str, right: bool) -> str:
-        """Take in a mark; whether it is right, in words."""
-        twice = mark.number in run.marks.numbers
-        if mark.number:
-            run.marks.numbers.add(mark.number)
-        if mark.kind == "dropped":  # whether it stays away shows at the end
-            run.marks.dropped.add(int(mark.detail))
-            right = int(mark.detail) not in run
-        elif right:
-            run.marks.right[mark.kind] += 1
-            if self.score:
-                self.score.add(mark, record, event_id)
-        self._mismarked += twice or not (right or mark.kind == "dropped")
-        return f"{'on purpose' if right and not twice else 'not as marked'}: {mark.kind}:{mark.detail}"
-
-    def mark(self, run: Run, marks: list[Mark]) -> bool:
-        """Take in what is read on to fill gaps; whether the record is in its place."""
-        for mark in marks:
-            if run.marks.numbers and 0 < mark.number <= run.marks.numbers.max():
-                run.marks.numbers.add(mark.number)
-            if mark.kind == "dropped" and int(mark.detail) <= run.last:
-                run.marks.dropped.add(int(mark.detail))
-        return not any(mark.kind in ("late", "duplicate") for mark in marks)
-
     def mismarked(self) -> int:
-        return self._mismarked + sum(len(run.marks.dropped - run.dropped()) for run in self._audit.runs.values())
+        """How many marks are not right. In a compacted topic what a duplicate repeats may be gone."""
+        alone = self._wrong["duplicate"] if self._audit.compacted else 0
+        came = sum(len(run.marks.dropped) - len(run.dropped()) for run in self._audit.runs.values())
+        return self._wrong.total() - alone + came
 
     def lost(self, run: Run) -> Ranges | None:
         """The numbers that are missing; None where a beginning or an end is, too."""
@@ -939,24 +919,12 @@ class Faults:
             return None
         return gaps(numbers, 1, numbers.max()) if numbers else []
 
-    def count_lost(self) -> int:
-        return sum(last - first + 1 for run in self._audit.runs.values() for first, last in self.lost(run) or ())
-
     def of_run(self, run: Run) -> dict[str, Any]:
         """What the report says of it besides; nothing without marks."""
         if not run.marks.numbers and not run.marks.dropped:
             return {}
         counts = {**run.marks.right, "dropped": len(run.dropped())}
         return {"faults": {kind: counts[kind] for kind in KINDS if counts.get(kind)}, "lost_faults": self.lost(run)}
-
-    def report(self) -> dict[str, Any]:
-        """As of_run, of the topic."""
-        mismarked, runs = self.mismarked(), self._audit.runs
-        told: dict[str, Any] = {"mismarked": mismarked} if mismarked or any(map(self.of_run, runs.values())) else {}
-        if self.score:
-            dropped = (f"{name}:{sequence}" for name, run in runs.items() for sequence in run.dropped())
-            told["scores"] = self.score.report(dropped)
-        return told
 
 
 # ---------------------------------------------------------------------------------------- the score of a consumer
@@ -968,28 +936,29 @@ COUNTS, RATIOS = ("made", "found", "missed", "false"), ("precision", "recall")
 def read_verdicts(path: Path) -> Verdicts:
     """What a consumer has found. Raises ValueError with the line that cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read: {getattr(error, 'strerror', error)}") from None
-    verdicts = Verdicts()
-    for number, line in enumerate(lines, 1):
-        if line.strip() and line.strip() != "event_id,fault":
+    verdicts: Verdicts = defaultdict(Counter)
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line not in ("", "event_id,fault"):
             try:
-                verdicts[_verdict(line)] += 1
-            except (ValueError, KeyError, TypeError) as error:
+                event_id, kind = _verdict(line)
+            except ValueError as error:
                 raise ValueError(f"line {number} is no verdict ({error})") from None
+            verdicts[kind][event_id] += 1
     return verdicts
 
 
 def _verdict(line: str) -> tuple[str, str]:
     event_id, _, kind = (text.strip() for text in line.partition(","))
-    if event_id.startswith("{"):
-        event_id, kind = operator.itemgetter("event_id", "fault")(orjson.loads(line))
-    if not EVENT_ID.fullmatch(event_id):
+    if line.startswith("{"):
+        event_id, kind = map(orjson.loads(line).get, ("event_id", "fault"))
+    if not EVENT_ID.fullmatch(str(event_id)):
         raise ValueError(f"{event_id!r} is no event id")
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of fault")
-    return kind, event_id
+    return event_id, kind
 
 
 class Score:
@@ -997,52 +966,49 @@ class Score:
 
     def __init__(self, verdicts: Verdicts, late_seconds: float) -> None:
         self._verdicts, self._late_ms = verdicts, 1000 * late_seconds
-        self._made: defaultdict[str, Counter[str]] = defaultdict(Counter)  # kind -> event ids
+        self._made: Verdicts = defaultdict(Counter)
         self._details: dict[str, str] = {}  # event id -> how it is malformed
         self._may_be_late: set[str] = set()  # event ids
         self._latest: dict[int, int] = {}  # partition -> the latest time of an event without a fault, in ms
 
-    @staticmethod
-    def _time(record: Any) -> int:
-        """Of the event, in ms: the record's own where the producer sets it, as the audit has found."""
-        if record.timestamp_type == CREATE_TIME:
-            return int(record.timestamp)
-        timestamp = orjson.loads(record.value)["timestamp"]
-        return 1000 * _seconds(timestamp[:19]) + int(timestamp[20:23])
+    def add(self, partition: int, event_id: str, event: dict[str, Any] | None, fault: Mark) -> None:
+        """Take in a record that has no fault, or one made on purpose.
 
-    def pass_by(self, record: Any) -> None:
-        """An event without a fault: what comes behind it and was before it is late."""
-        self._latest[record.partition] = max(self._latest.get(record.partition, 0), self._time(record))
-
-    def add(self, mark: Mark, record: Any, event_id: str) -> None:
-        """A fault. A consumer may call late what is a bit, or what comes a second time; it need not."""
-        must = mark.kind != "late" or self._latest.get(record.partition, 0) - self._time(record) > self._late_ms
+        A consumer may call late what is a bit, or what comes a second time; it need not.
+        """
+        time = _milliseconds(event["timestamp"]) if event else sys.maxsize
+        latest = self._latest.get(partition, 0)
+        if not fault.kind:
+            self._latest[partition] = max(latest, time)
+            return
+        must = fault.kind != "late" or latest - time > self._late_ms
         if must:
-            self._made[mark.kind][event_id] += 1
-        if mark.kind == "duplicate" or not must:
+            self._made[fault.kind][event_id] += 1
+        if fault.kind == "duplicate" or not must:
             self._may_be_late.add(event_id)
-        self._details[event_id] = mark.detail
+        if fault.kind == "malformed":
+            self._details[event_id] = fault.detail
 
-    def report(self, dropped: Iterable[str]) -> dict[str, Any]:
-        """By kind; `dropped`: event ids."""
-        self._made["dropped"] = Counter(dropped)
+    def report(self, dropped: Iterable[tuple[str, Iterable[int]]]) -> dict[str, Any]:
+        """By kind; `dropped`: of each run, the sequences."""
+        self._made["dropped"].update(f"{run}:{sequence}" for run, sequences in dropped for sequence in sequences)
         return {kind: self._of_kind(kind) for kind in KINDS}
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
-        made = self._made[kind]
-        told = Counter({event_id: count for (of, event_id), count in self._verdicts.items() if of == kind})
+        made, told = self._made[kind], self._verdicts[kind]
         found, missed = (made & told).total(), list((made - told).elements())
         excused = self._may_be_late if kind == "late" else ()
         false = [event_id for event_id in (told - made).elements() if event_id not in excused]
-        details = Counter(self._details[event_id] for event_id in missed) if kind == "malformed" else None
-        return {
+        score: dict[str, Any] = {
             **dict(zip(COUNTS, (made.total(), found, len(missed), len(false)), strict=True)),
             "precision": round(found / (found + len(false)), 4) if found or false else None,
             "recall": round(found / made.total(), 4) if made else None,
             "missed_ids": missed[:MOST_IDS],
             "false_ids": false[:MOST_IDS],
-            **({} if details is None else {"missed_by_detail": details}),
         }
+        if kind == "malformed":
+            score["missed_by_detail"] = Counter(self._details[event_id] for event_id in missed)
+        return score
 
 
 def score_table(scores: dict[str, dict[str, Any]]) -> list[str]:
