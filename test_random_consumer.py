@@ -35,7 +35,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -552,7 +552,7 @@ class Run:
     def __init__(self) -> None:
         self.first, self.last = sys.maxsize, 0
         self.events = self.repeated = self.reordered = 0
-        self.marks = Marks()
+        self.faults = Faults(self)
         self._sequences = BitMap64()
         self._began: int | None = None  # the time of sequence 1, in ms
         self._firsts: dict[int, int] = {}  # partition -> the first sequence there
@@ -609,11 +609,11 @@ class Run:
 
     def _accounted(self) -> BitMap64:
         """What is there, and what was dropped on purpose."""
-        return self._sequences | self.marks.dropped if self.marks.dropped else self._sequences
+        return self._sequences | self.faults.dropped if self.faults.dropped else self._sequences
 
     def dropped(self) -> BitMap64:
         """On purpose: marked, and not there."""
-        return self.marks.dropped - self._sequences
+        return self.faults.dropped - self._sequences
 
     def absent(self, partitions: Iterable[int]) -> list[int]:
         """Those of the partitions that hold nothing of this run."""
@@ -650,7 +650,7 @@ class Audit:
         self.held: dict[int, str] = {}  # partitions that could not be read to their end, and why
         self.compacted = False
         self.notes: list[str] = []  # on what was left out of judgement
-        self.score, self.faults = score, Faults(self)
+        self.score = score
         self._wrong_keys = 0
         self._strays: Counter[tuple[int, int]] = Counter()  # (hash of the key, partition)
 
@@ -663,7 +663,7 @@ class Audit:
         identity = EVENT_ID.fullmatch(event_id or "")
         fault, kind, said, event, problem, order = NO_FAULT, "", "", None, "", ""
         if len(record.headers) > 1 and identity and (marks := marks_of(record)):
-            fault, said = self.faults.judge(record, self.runs[identity[1]], int(identity[2]), marks)
+            fault, said = self.runs[identity[1]].faults.judge(record, int(identity[2]), marks, self.cut)
             kind = fault.kind
         try:
             if kind == "malformed":
@@ -693,7 +693,7 @@ class Audit:
         identity = EVENT_ID.fullmatch(event_id_of(record) or "")
         if identity and (run := self.runs.get(identity[1])):
             marks = marks_of(record)
-            run.marks.read_on(marks, run.last)
+            run.faults.read_on(marks)
             if int(identity[2]) <= run.last:
                 run.mark(int(identity[2]), record, all(mark.kind not in OUT_OF_PLACE for mark in marks))
 
@@ -710,14 +710,15 @@ class Audit:
 
     def sought(self) -> int:
         """How many records would make the audit complete: missing events, and lost faults."""
-        lost = (last - first + 1 for run in self.runs.values() for first, last in self.faults.lost(run) or ())
+        lost = (last - first + 1 for run in self.runs.values() for first, last in self._lost_faults(run) or ())
         return self.missing() + sum(lost)
 
     def report(self) -> dict[str, Any]:
         """The document that --json prints."""
         runs = [self._run_report(name, run) for name, run in self.runs.items()]
         misplaced = self._wrong_keys + sum(self._misplaced().values())
-        mismarked, dropped = self.faults.mismarked(), ((name, run.dropped()) for name, run in self.runs.items())
+        mismarked = sum(run.faults.mismarked(self.compacted) for run in self.runs.values())
+        dropped = (f"{name}:{sequence}" for name, run in self.runs.items() for sequence in run.dropped())
         faults = (run.get(fault) for run in runs for fault in ("missing", "repeated", "reordered", "lost_faults"))
         unjudged = [*self.notes, *self.held.values(), *self._excused()]
         if not (self.runs or unjudged):
@@ -752,8 +753,15 @@ class Audit:
             "repeated": run.repeated,
             "reordered": run.reordered,
             "truncated_before": first if first > 1 and not self.compacted else None,
-            **self.faults.of_run(run),
+            **({"faults": run.faults.made(), "lost_faults": self._lost_faults(run)} if run.faults.marked else {}),
         }
+
+    def _lost_faults(self, run: Run) -> Ranges | None:
+        """Their numbers; None where a beginning or an end is missing, too."""
+        if self.compacted or self.held or run.judged(self.cut, ())[0] > 1:
+            return None
+        numbers = run.faults.numbers
+        return gaps(numbers, 1, numbers.max()) if numbers else []
 
     def _excused(self) -> Iterator[str]:
         """Where deletion, or the start of the audit, has left nothing to judge by."""
@@ -847,55 +855,41 @@ def _problem(value: bytes) -> str:
     return ""
 
 
-class Marks:
-    """Of one run."""
-
-    def __init__(self) -> None:
-        self.numbers, self.dropped = BitMap64(), BitMap64()  # of faults; sequences
-        self.right: Counter[str] = Counter()  # by kind; whether an event was dropped shows at the end
-
-    def read_on(self, marks: Iterable[Mark], last: int) -> None:
-        """Of what is read on, take in only what fills a gap; `last`: the run's last sequence."""
-        for mark in marks:
-            if self.numbers and 0 < mark.number <= self.numbers.max():
-                self.numbers.add(mark.number)
-            if mark.kind == "dropped" and int(mark.detail) <= last:
-                self.dropped.add(int(mark.detail))
-
-
 class Faults:
-    """Judges the marks in a topic."""
+    """Judges the marks of one run."""
 
-    def __init__(self, audit: Audit) -> None:
-        self._audit = audit
-        self._wrong: Counter[str] = Counter()  # marks, by kind
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.numbers, self.dropped = BitMap64(), BitMap64()  # of faults; sequences
+        self._right: Counter[str] = Counter()  # by kind; whether an event was dropped shows at the end
+        self._wrong: Counter[str] = Counter()
 
-    def judge(self, record: Any, run: Run, sequence: int, marks: list[Mark]) -> tuple[Mark, str]:
-        """Take in a record's marks: the one that excuses something, and what is to be said of them."""
+    def judge(self, record: Any, sequence: int, marks: list[Mark], cut: Container[int]) -> tuple[Mark, str]:
+        """Take in a record's marks: the one that excuses something, and what is to be said of them (see Audit.cut)."""
         own = next((mark for mark in marks if mark.kind != "dropped"), NO_FAULT)  # an event suffers one fault at most
         fault, said = NO_FAULT, list[str]()
         for mark in marks:
-            fits = mark.number not in run.marks.numbers and (mark is own or mark.kind == "dropped")
-            right = fits and self._is_right(mark, record, run, sequence)
+            fits = mark.number not in self.numbers and (mark is own or mark.kind == "dropped")
+            right = fits and self._is_right(mark, record, sequence, cut)
             if mark.number:
-                run.marks.numbers.add(mark.number)
+                self.numbers.add(mark.number)
             if right and mark.kind == "dropped":
-                run.marks.dropped.add(int(mark.detail))
+                self.dropped.add(int(mark.detail))
             elif right or mark.kind == "duplicate":
                 fault = mark
-            run.marks.right[mark.kind] += right
+            self._right[mark.kind] += right
             self._wrong[mark.kind] += not right
             said.append(f"{'on purpose' if right else 'not as marked'}: {':'.join(filter(None, mark[1:]))}")
         return fault, "; ".join(said)
 
-    def _is_right(self, mark: Mark, record: Any, run: Run, sequence: int) -> bool:
+    def _is_right(self, mark: Mark, record: Any, sequence: int, cut: Container[int]) -> bool:
         """Whether what a mark says of its record is so."""
-        key, value, detail = record.key or b"", record.value or b"", mark.detail.encode()
+        run, key, value, detail = self._run, record.key or b"", record.value or b"", mark.detail.encode()
         match mark.kind:
             case "late":
                 return sequence not in run
             case "duplicate":
-                return sequence in run or record.partition in self._audit.cut
+                return sequence in run or record.partition in cut
             case "dropped":  # so far
                 return int(mark.detail) not in run
             case "misplaced":
@@ -906,25 +900,27 @@ class Faults:
                 return bool(key) and is_malformed(record.value, key, mark.detail)
         return False
 
-    def mismarked(self) -> int:
+    def read_on(self, marks: Iterable[Mark]) -> None:
+        """Take in only what fills a gap."""
+        for mark in marks:
+            if self.numbers and 0 < mark.number <= self.numbers.max():
+                self.numbers.add(mark.number)
+            if mark.kind == "dropped" and int(mark.detail) <= self._run.last:
+                self.dropped.add(int(mark.detail))
+
+    def mismarked(self, compacted: bool) -> int:
         """How many marks are not right. In a compacted topic what a duplicate repeats may be gone."""
-        alone = self._wrong["duplicate"] if self._audit.compacted else 0
-        came = sum(len(run.marks.dropped) - len(run.dropped()) for run in self._audit.runs.values())
-        return self._wrong.total() - alone + came
+        there = len(self.dropped) - len(self._run.dropped())
+        return self._wrong.total() + there - compacted * self._wrong["duplicate"]
 
-    def lost(self, run: Run) -> Ranges | None:
-        """The numbers that are missing; None where a beginning or an end is, too."""
-        audit, numbers = self._audit, run.marks.numbers
-        if audit.compacted or audit.held or run.judged(audit.cut, ())[0] > 1:
-            return None
-        return gaps(numbers, 1, numbers.max()) if numbers else []
+    @property
+    def marked(self) -> bool:
+        return bool(self.numbers or self.dropped)
 
-    def of_run(self, run: Run) -> dict[str, Any]:
-        """What the report says of it besides; nothing without marks."""
-        if not run.marks.numbers and not run.marks.dropped:
-            return {}
-        counts = {**run.marks.right, "dropped": len(run.dropped())}
-        return {"faults": {kind: counts[kind] for kind in KINDS if counts.get(kind)}, "lost_faults": self.lost(run)}
+    def made(self) -> dict[str, int]:
+        """How many there are, by kind."""
+        counts = {**self._right, "dropped": len(self._run.dropped())}
+        return {kind: counts[kind] for kind in KINDS if counts.get(kind)}
 
 
 # ---------------------------------------------------------------------------------------- the score of a consumer
@@ -989,9 +985,9 @@ class Score:
         if fault.kind == "malformed":
             self._details[event_id] = fault.detail
 
-    def report(self, dropped: Iterable[tuple[str, Iterable[int]]]) -> dict[str, Any]:
-        """By kind; `dropped`: of each run, the sequences."""
-        self._made["dropped"].update(f"{run}:{sequence}" for run, sequences in dropped for sequence in sequences)
+    def report(self, dropped: Iterable[str]) -> dict[str, Any]:
+        """By kind; `dropped`: event ids."""
+        self._made["dropped"].update(dropped)
         return {kind: self._of_kind(kind) for kind in KINDS}
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
