@@ -50,7 +50,7 @@ from pydantic import AfterValidator
 Draw = Callable[[], float]  # 0 to 1, 1 excluded
 
 STREAMS: dict[str, type[RandomEventProducer]] = {"random": RandomEventProducer, "churn": RandomChurnProducer}
-COUNTED_ONE_BY_ONE = 100_000  # due times that are given up; of a tenth of a gap with more, their expected number
+ONE_BY_ONE = 100_000  # so many skipped due times are drawn; of many more, it takes the expected number
 
 # -------------------------------------------------------------------------------------------------------- faults
 # The tables are in the order of the dice. An event suffers one fault at most.
@@ -136,7 +136,7 @@ MOST_DROPPED = 0.9  # with more, whole stretches of the stream would stand in on
 
 
 def shares_of(mix: str) -> dict[str, float]:
-    """`late=0.02, malformed=0.007` by what the dice may show, less what has no share. Raises ValueError."""
+    """`late=0.02,malformed=0.007` as shares of what is in DICE, but for those that are 0. Raises ValueError."""
     given: dict[str, float] = {}
     for part in [] if mix == "none" else mix.split(","):
         kind, _, share = (text.strip() for text in part.partition("="))
@@ -193,7 +193,7 @@ class FaultySettings(ChurnSettings):
             for name in sorted(OF_CHURN & self.model_fields_set):
                 yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
         elif self.speed:
-            yield Clash("speed", "no use with faults, which come a number of events later: set INTERVAL_SECONDS")
+            yield Clash("speed", "no use with faults, which change the order: set INTERVAL_SECONDS")
 
 
 # --------------------------------------------------------------------------------------------------------- stream
@@ -213,7 +213,7 @@ class RandomFaultyProducer(RandomEventProducer):
         self.stream = STREAMS[settings.stream].from_settings(settings)
         self.stream.run, self.event_types = self.run, self.stream.event_types
         self._seed, shares = settings.seed, shares_of(settings.faults)
-        self._chance = f"{settings.seed}/{settings.shard_index or 0}/{settings.shard_count}"
+        self._shard_seed = f"{settings.seed}/{settings.shard_index or 0}/{settings.shard_count}"
         self._kinds, self._sums = [*shares, ""], [*itertools.accumulate(shares.values())]
         self._distance, self._last = settings.fault_distance, settings.max_events or sys.maxsize
         self._sequence = 0  # of the stream's last event so far
@@ -239,7 +239,7 @@ class RandomFaultyProducer(RandomEventProducer):
 
     def pace(self, settings: Any) -> tool.Pace:
         even = settings.arrivals == "even"
-        return super().pace(settings) if even else DrawnPace(settings, f"{self._chance}/arrivals")
+        return super().pace(settings) if even else DrawnPace(settings, f"{self._shard_seed}/arrivals")
 
     def most(self, settings: Settings) -> int:  # noqa: ARG002
         """MAX_EVENTS counts the events of the stream: the same ones as without faults."""
@@ -257,12 +257,12 @@ class RandomFaultyProducer(RandomEventProducer):
         return next(iter(self.generate_events([due])), None)
 
     def rest(self, due: float) -> list[Event]:
-        """The late events, in their order; what would come a second time does not."""
+        """The late events, in their order; duplicates that are still to come are left out."""
         late = (self._hand_on(event, fault) for *_, event, fault in sorted(self._held) if fault.startswith("late"))
         return _due(late, itertools.repeat(due))
 
     def _hand_on_all(self) -> Iterator[Event]:
-        make, draw = self.stream.generate_event, random.Random(f"{self._chance}/faults").random
+        make, draw = self.stream.generate_event, random.Random(f"{self._shard_seed}/faults").random
         held, dropped, busy_from, total = self._held, self._dropped, 0, max(self._sums, default=0.0)
         while self._sequence < self._last and (event := make()):
             chance = draw()
@@ -314,7 +314,7 @@ def _due(records: Iterable[Event], dues: Iterable[float]) -> list[Event]:
 
 
 class DrawnPace(tool.Pace):
-    """Due times that are drawn in advance, whatever a send takes; `interval` apart on average."""
+    """Due times that are drawn in advance, `interval` apart on average, however long a send takes."""
 
     def __init__(self, settings: FaultySettings, seed: str, clock: Callable[[], int] = time.time_ns) -> None:
         """`clock` gives nanoseconds since 1970, UTC."""
@@ -327,7 +327,7 @@ class DrawnPace(tool.Pace):
         self._draw()
 
     def _draw(self) -> None:
-        """When the next one is due, in seconds since the start."""
+        """Find when the next one is due, in seconds since the start."""
         wait = self._chance.expovariate(1 / self.interval)
         if self._arrivals == "bursty":
             wait = 10 * wait if self._chance.random() < 1 / 10 else 0.0
@@ -344,8 +344,8 @@ class DrawnPace(tool.Pace):
         """Give up what is more than CATCH_UP_SECONDS late; how many that were."""
         until, missed = min(now - tool.CATCH_UP_SECONDS, self.end) - self.start, 0
         while self._due < until:
-            many = int((until - self._due) / self.interval / 10)  # even at night no more than there are
-            many = many if many > COUNTED_ONE_BY_ONE else 0
+            many = int((until - self._due) / self.interval / 10)  # even where `daily` is slowest, fewer than there are
+            many = many if many > ONE_BY_ONE else 0
             self._waits += many * self.interval
             self._draw()
             missed += many + 1

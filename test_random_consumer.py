@@ -802,14 +802,14 @@ MARK = re.compile(
     r"([1-9][0-9]{0,17}):((?:late|duplicate|dropped|misplaced|future):[1-9][0-9]{0,17}|malformed:[a-z_]+)"
 )
 MISSING_FIELD = {f"{name}: is missing" for name in ("user_id", "event_type", "timestamp", "metadata")}
-TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # in JSON; the last one may have no end
-MENDED = {  # how a value is malformed: what to replace by what, so that it is valid
+TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # in JSON; the last one may be cut off
+MENDED = {  # how a value is malformed -> what to replace, and by what, to make it valid
     "encoding": (rb'^({"user_id":\d+,"event_type":")\xff', rb"\1"),
     "wrong_type": (rb'^{"user_id":"(\d+)"', rb'{"user_id":\1'),
     "extra_field": (rb',"extra":true}$', b"}"),
     "unknown_type": (rb'^({"user_id":\d+,"event_type":")unknown"', rb'\1known"'),
 }
-SET_BACK_MS = 500  # that a clock may be corrected by
+SET_BACK_MS = 500  # by which a clock may be set back
 
 
 class Mark(NamedTuple):
@@ -901,7 +901,7 @@ class Faults:
         return False
 
     def read_on(self, marks: Iterable[Mark]) -> None:
-        """Take in only what fills a gap."""
+        """Take in what fills a gap, and only that."""
         for mark in marks:
             if self.numbers and 0 < mark.number <= self.numbers.max():
                 self.numbers.add(mark.number)
@@ -970,7 +970,7 @@ class Score:
     def add(self, partition: int, event_id: str, event: dict[str, Any] | None, fault: Mark) -> None:
         """Take in a record that has no fault, or one made on purpose.
 
-        A consumer may call late what is a bit, or what comes a second time; it need not.
+        Late events that are hardly late, and duplicates, may be called late; they need not be.
         """
         time = _milliseconds(event["timestamp"]) if event else sys.maxsize
         latest = self._latest.get(partition, 0)
