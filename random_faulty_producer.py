@@ -186,7 +186,6 @@ class FaultySettings(ChurnSettings):
     arrivals: Arrivals = setting("even", "when events are due, INTERVAL_SECONDS apart on average")
 
     def clashes(self) -> Iterator[Clash]:
-        yield from super().clashes()
         if self.arrivals != "even" and not self.interval_seconds:
             yield Clash("arrivals", "no use with INTERVAL_SECONDS=0", "interval_seconds")
         if self.stream == "random":
@@ -194,6 +193,7 @@ class FaultySettings(ChurnSettings):
                 yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
         elif self.speed:
             yield Clash("speed", "no use with faults, which change the order: set INTERVAL_SECONDS")
+        yield from super().clashes()  # of what is said of a variable, the first counts
 
 
 # --------------------------------------------------------------------------------------------------------- stream
