@@ -50,7 +50,7 @@ from pydantic import AfterValidator
 Draw = Callable[[], float]  # 0 to 1, 1 excluded
 
 STREAMS: dict[str, type[RandomEventProducer]] = {"random": RandomEventProducer, "churn": RandomChurnProducer}
-ONE_BY_ONE = 100_000  # so many skipped due times are drawn; of many more, it takes the expected number
+ONE_BY_ONE = 1_000_000  # skipped due times that are drawn one by one; of more, the expected number is taken
 
 # -------------------------------------------------------------------------------------------------------- faults
 # The tables are in the order of the dice. An event suffers one fault at most.
@@ -344,8 +344,8 @@ class DrawnPace(tool.Pace):
         """Give up what is more than CATCH_UP_SECONDS late; how many that were."""
         until, missed = min(now - tool.CATCH_UP_SECONDS, self.end) - self.start, 0
         while self._due < until:
-            many = int((until - self._due) / self.interval / 10)  # even where `daily` is slowest, fewer than there are
-            many = many if many > ONE_BY_ONE else 0
+            left = int((until - self._due) / self.interval)
+            many = left // 10 if left > ONE_BY_ONE else 0  # not all at once: `daily` is up to 8 times as slow
             self._waits += many * self.interval
             self._draw()
             missed += many + 1
