@@ -24,7 +24,6 @@ has an example.
 
 # In the order of an event: settings -> stream -> faults -> pace; then the tool.
 
-import functools
 import itertools
 import os
 import random
@@ -118,14 +117,9 @@ def _future(event: Event, draw: Draw) -> tuple[str, Event]:
     return f"future:{seconds}", replace(event, value=value, timestamp_ms=event.timestamp_ms + 1000 * seconds)
 
 
-def _malformed(kind: str, event: Event, draw: Draw) -> tuple[str, Event]:
-    return f"malformed:{kind}", replace(event, value=MALFORMED[kind](event.value, draw))
-
-
-IN_PLACE: dict[str, Callable[[Event, Draw], tuple[str, Event]]] = {  # the fault, and the event as it becomes
+IN_PLACE: dict[str, Callable[[Event, Draw], tuple[str, Event]]] = {  # the fault, and what the event becomes
     "misplaced": _misplaced,
     "future": _future,
-    **{kind: functools.partial(_malformed, kind) for kind in MALFORMED},
 }
 
 
@@ -284,6 +278,8 @@ class RandomFaultyProducer(RandomEventProducer):
             self._dropped.append(f"dropped:{event.sequence}")
         elif kind in IN_PLACE:
             yield self._hand_on(event, *IN_PLACE[kind](event, draw))
+        elif kind in MALFORMED:
+            yield self._hand_on(event, f"malformed:{kind}", replace(event, value=MALFORMED[kind](event.value, draw)))
         elif kind:
             k = int((self._distance + 1) ** draw())
             heappush(self._held, (event.sequence + k, event.sequence, event, f"{kind}:{k}"))
