@@ -1064,7 +1064,7 @@ class Delivery(Sink):
         return len(self._waiting) + sum(len(batch.events) for batch in self._batches())
 
     def _unconfirmed_events(self) -> Iterable[Event]:
-        return itertools.chain(self._waiting, *(batch.events for batch in self._batches()))
+        return itertools.chain(*(batch.events for batch in self._batches()), self._waiting)
 
     def _batches(self) -> Iterator[Batch]:
         return itertools.chain.from_iterable(self._on_their_way.values())

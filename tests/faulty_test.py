@@ -35,7 +35,7 @@ from auditor_test import (
     topic_with,
     user_of,
 )
-from brokers import ApacheKafka, create_topic, event_id, free_port, partition_of, read_all, wait_until
+from brokers import ApacheKafka, create_topic, delete_topic, event_id, free_port, partition_of, read_all, wait_until
 from conftest import ROOT, MakeApache, RunScript, Script, clean_environment
 from kafka import TopicPartition
 from kafka.record.memory_records import MemoryRecordsBuilder
@@ -697,6 +697,41 @@ def test_a_broker_that_is_killed_changes_nothing(run_script: RunScript, make_apa
     summary = last_line(script)
     assert summary["unconfirmed"] >= summary["faults"]["late"] - summary["sent"] > 0
     assert summary["unconfirmed_sequences"]
+
+
+def test_a_topic_that_is_made_again_has_no_duplicate_before_its_first(
+    run_script: RunScript, make_apache: MakeApache, topic: str
+) -> None:
+    """Each event comes twice; what is unconfirmed is sent again in the order of sequences."""
+    kafka = make_apache(properties={"auto.create.topics.enable": "false"})
+    kafka.start()
+    create_topic(kafka.direct, topic, 2)
+    port, twice = free_port(), {"FAULTS": "duplicate=1", "FAULT_DISTANCE": 1, "INTERVAL_SECONDS": 0.005}
+    script = run_script(SCRIPT, KAFKA_BROKER=kafka.bootstrap, KAFKA_TOPIC=topic, METRICS_PORT=port, **twice)
+    await_sent(port, 100)
+    delete_topic(kafka.direct, topic)
+    script.wait_for("events wait")
+    create_topic(kafka.direct, topic, 2)
+    await_sent(port, sent_so_far(port) + 300)
+    script.signal(signal.SIGTERM)
+    assert script.wait(PATIENCE) == 0
+    copies: defaultdict[tuple[str, int] | None, list[bool]] = defaultdict(list)
+    for one in read_all(kafka.direct, topic):
+        copies[event_id(one)].append(len(one.headers) > 1)
+    there = Counter(map(tuple, copies.values()))
+    assert there[True, False] == 0, there
+    assert there[False, True] > 100
+
+
+def test_what_waits_for_a_topic_is_sent_again_behind_what_the_client_has() -> None:
+    """They may be the same event, the second time as a duplicate."""
+    first, second = (tool.Event("0123456789abcdef", 1, "bounce", b"7", b"{}", 0, due) for due in (1.0, 2.0))
+    delivery = tool.Delivery(tool.Settings(), tool.Tally([]), tool.Stop())
+    batch = tool.Batch(TopicPartition("events", 0), MemoryRecordsBuilder(2, 0, 1 << 20))
+    batch.take([first])
+    delivery._on_their_way[0].append(batch)
+    delivery._waiting.append(second)
+    assert list(delivery._unconfirmed_events()) == [first, second]
 
 
 def test_a_refused_record_is_a_lost_fault(run_script: RunScript, apache: ApacheKafka, topic: str) -> None:
