@@ -120,7 +120,7 @@ class ChurnSettings(Settings):
     )
     speed: float | None = tool.setting(
         None,
-        "the model's clock runs so many times as fast, until it has caught up; inf: at once",
+        "how many times as fast the model's clock runs, until it has caught up; inf: at once",
         "a number from 1 up, or inf",
         ge=1,
     )

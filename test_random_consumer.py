@@ -700,7 +700,7 @@ class Audit:
     def note_unreadable(self, partition: int, first: int, last: int, cause: str) -> None:
         place = f"offset {first}" if first == last else f"offsets {first} to {last}"
         self.notes.append(f"partition {partition}, {place}: cannot be read ({cause})")
-        log.error("What stands in %s. Reading goes on behind it", self.notes[-1])
+        log.error("Records skipped: %s. Reading continues after them", self.notes[-1])
 
     def missing(self) -> int:
         """How many sequences are missing in all runs."""

@@ -315,9 +315,9 @@ def test_a_batch_that_cannot_be_read(make_apache: MakeApache, topic: str, run_sc
     run = of_run(last=6, events=3, missing=[[3, 5]])
     assert (code, found) == (1, document(topic, 3, cart(3), run, ok=False, notes=[note]))
     assert note.startswith("partition 0, offsets 2 to 4: cannot be read (CorruptRecordError")
-    script.wait_for("ERROR - What stands in partition 0, offsets 2 to 4")
+    script.wait_for("ERROR - Records skipped: partition 0, offsets 2 to 4")
     script = run_script(AUDITOR, "--json", **{**given, "TIMEOUT_SECONDS": 60})
-    script.wait_for("ERROR - What stands in")
+    script.wait_for("ERROR - Records skipped: ")
     script.signal(signal.SIGTERM)
     assert script.wait(10) == 1, "it hears signals all the while"
 
