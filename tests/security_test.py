@@ -285,7 +285,7 @@ BAD: dict[str, tuple[str, Settings, str]] = {
     "mechanism-not-offered": (
         "SCRAM_ONLY",
         SASL | login("PLAIN"),
-        "no such login.*KAFKA_SASL_MECHANISM.*SCRAM-SHA-512",
+        "does not offer this login.*KAFKA_SASL_MECHANISM.*SCRAM-SHA-512",
     ),
     "unknown-ca-system": ("SSL", SSL, UNKNOWN_CA),
     "unknown-ca-file": ("SSL", SSL | {"KAFKA_SSL_CAFILE": "foreign-ca"}, UNKNOWN_CA),
@@ -538,7 +538,7 @@ INCONSISTENT: dict[str, Wrong] = {
     "login-without-user": Wrong(SASL_SSL | MECHANISM | SECRET, ("KAFKA_SASL_USERNAME: .*needed with .*SASL_SSL",)),
     "login-without-password": Wrong(SASL | MECHANISM | USER, ("KAFKA_SASL_PASSWORD: .*needed",)),
     "login-without-mechanism": Wrong(SASL | USER | SECRET, ("KAFKA_SASL_MECHANISM: .*needed.*PLAIN, SCRAM-SHA-256",)),
-    "mechanism-with-plaintext": Wrong(MECHANISM, ("KAFKA_SASL_MECHANISM: 'PLAIN'.*PLAINTEXT: set SASL_SSL",)),
+    "mechanism-with-plaintext": Wrong(MECHANISM, ("KAFKA_SASL_MECHANISM: 'PLAIN'.*PLAINTEXT: set that to SASL_SSL",)),
     "login-with-tls-only": Wrong(
         SSL | USER | SECRET, ("KAFKA_SASL_USERNAME: 'alice'.*=SSL", "KAFKA_SASL_PASSWORD: a secret.*=SSL")
     ),
