@@ -532,6 +532,7 @@ def test_history_then_now_and_on_after_restarts(start: Start, apache: ApacheKafk
         wait_until(lambda: held() >= following, 30, "it came")
         second.kill()
         third = start(**live)
+        third.wait_for("Sending to topic")  # before that a signal ends the process as any other
         wait_until(lambda: held() > following, 90, "the next came at its time")
         assert time.time() >= due[1] / churn.SECOND
         third.signal(signal.SIGTERM)
