@@ -264,7 +264,7 @@ class Reader:
         for partition in held | (self.consumer.behind() if silent or self.throttled() else {}):
             quota = "a quota slows this client down" if self.throttled() else ""
             slow = quota or self._network.slow() or "the broker hands out no more"
-            what = "somebody's transaction is open there" if partition in held else slow
+            what = "a transaction of another producer is open there" if partition in held else slow
             why.setdefault(partition.partition, what)
         positions = {partition.partition: offset for partition, offset in self.consumer.positions().items()}
         return {
@@ -1092,7 +1092,9 @@ def summary(report: dict[str, Any], audit: Audit) -> str:
     lines += map(_run_line, report["runs"])
     lines += [_printable(f"Note: {note}") for note in report["notes"]]
     if count := audit.enlarged_from():
-        lines.append(f"What is misplaced is right for {count} partitions: was the topic enlarged since?")
+        lines.append(
+            f"The misplaced records are in the right place for {count} partitions: was the topic enlarged since?"
+        )
     faults: dict[str, object] = {"missing": "not judged" if audit.compacted else audit.missing()}
     faults |= {name: sum(run[name] for run in report["runs"]) for name in ("repeated", "reordered")}
     faults |= {name: report[name] for name in ("misplaced", "invalid", "mismarked") if name in report}

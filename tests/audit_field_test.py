@@ -185,7 +185,9 @@ def open_transaction(apache: ApacheKafka, topic: str, partition: int = 0) -> Ite
 
 
 def held(partition: int, offset: int) -> str:
-    return f"partition {partition} is judged up to offset {offset} only: somebody's transaction is open there"
+    return (
+        f"partition {partition} is judged up to offset {offset} only: a transaction of another producer is open there"
+    )
 
 
 def test_an_open_transaction(apache: ApacheKafka, topic: str, audit: Audit) -> None:
