@@ -1092,9 +1092,7 @@ def summary(report: dict[str, Any], audit: Audit) -> str:
     lines += map(_run_line, report["runs"])
     lines += [_printable(f"Note: {note}") for note in report["notes"]]
     if count := audit.enlarged_from():
-        lines.append(
-            f"The misplaced records are in the right place for {count} partitions: was the topic enlarged since?"
-        )
+        lines.append(f"Misplaced records are in the right place for {count} partitions: was the topic enlarged since?")
     faults: dict[str, object] = {"missing": "not judged" if audit.compacted else audit.missing()}
     faults |= {name: sum(run[name] for run in report["runs"]) for name in ("repeated", "reordered")}
     faults |= {name: report[name] for name in ("misplaced", "invalid", "mismarked") if name in report}

@@ -279,7 +279,7 @@ def test_enlarged_before_the_audit(apache: ApacheKafka, topic: str, start: Start
     assert script.wait() == 1
     misplaced = sum(partition_of(str(user).encode(), 4) != 0 for user in range(1, 8))
     assert f"misplaced {misplaced}," in script.stdout_lines[-1]
-    assert "right for 1 partitions" in script.stdout_lines[-2]
+    assert "in the right place for 1 partitions" in script.stdout_lines[-2]
 
 
 def delete_before(bootstrap: str, topic: str, partition: int, offset: int) -> None:
