@@ -2229,7 +2229,7 @@ class _Manager(client_manager.KafkaConnectionManager):
         return found
 
     def _request_update_once(self) -> Future:
-        """Asking again for metadata woke the network thread at once: a core was busy until a partition had its leader."""
+        """Asking again for metadata woke the network thread at once: a core was busy until a leader was known."""
         asked = self.cluster._future
         return asked if self.cluster._need_update and asked and not asked.is_done else self._request_update()
 
