@@ -152,8 +152,8 @@ def test_a_login_that_is_really_wanted(slow: Slow, launch: Callable[..., Script]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_broker_that_answers_each_request_late(slow: Slow, launch: Callable[..., Script], name: str) -> None:
-    """Between 2 and 3.5 s: a connection needs two answers before it can be used, a start some more."""
-    slow.proxies["FRONT"].answer_late(2, 3.5)
+    """Each later than what is told as slow. A connection needs two answers before it can be used, a start some more."""
+    slow.proxies["FRONT"].answer_late(3.2, 3.5)
     script = launch(name, **slow.settings("FRONT"))
     succeeds(script, LATE)
     assert re.search("WARNING - .*(?i:slow)", script.stderr), script.tail()
