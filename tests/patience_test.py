@@ -21,7 +21,7 @@ from proxy import API_VERSIONS, LIST_OFFSETS, METADATA, SASL_AUTHENTICATE, Peer,
 LISTENERS = {"FRONT": "PLAINTEXT", "TLS": "SSL", "SASL": "SASL_PLAINTEXT"}
 SCRIPTS: dict[str, dict[str, object]] = {TOOL: {"MAX_EVENTS": 3}, SMOKE: {}, AUDITOR: {"MAX_EVENTS": 3}}
 IN_TIME = 15.0  # seconds, to the end of what has gone wrong once
-LATE = 40.0  # the same where every answer is late
+LATE = 70.0  # the same where every answer is late
 QUICK = 8.0  # the same where one server of several is silent
 MISHAP = "wants a login|SASL"
 VERDICT = "does not answer|is not there|does not exist|not reached"
