@@ -182,11 +182,10 @@ class FaultySettings(ChurnSettings):
     def clashes(self) -> Iterator[Clash]:
         if self.arrivals != "even" and not self.interval_seconds:
             yield Clash("arrivals", "no use with INTERVAL_SECONDS=0", "interval_seconds")
-        if self.stream == "random":
-            for name in sorted(OF_CHURN & self.model_fields_set):
-                yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
-        elif self.speed:
+        if self.speed:
             yield Clash("speed", "no use with faults, which change the order: set INTERVAL_SECONDS")
+        for name in sorted(OF_CHURN & self.model_fields_set if self.stream == "random" else ()):
+            yield Clash(name, "no use with STREAM=random: set STREAM=churn, or unset it", "stream")
         yield from super().clashes()  # of what is said of a variable, the first counts
 
 

@@ -377,7 +377,7 @@ def test_so_it_is_with_any_text_in_metadata(how: str, text: str) -> None:
         ),
         ({"START_TIME": "2026-05-04"}, "no use with STREAM=random: set STREAM=churn, or unset it"),
         ({"END_TIME": "2026-05-04"}, "no use with STREAM=random: set STREAM=churn, or unset it"),
-        ({"SPEED": "60"}, "no use with STREAM=random: set STREAM=churn, or unset it"),
+        ({"SPEED": "60"}, "SPEED: '60.0', no use with faults, which change the order: set INTERVAL_SECONDS"),
         ({"USERS": "10"}, "USERS: '10', no use with STREAM=random: set STREAM=churn, or unset it; allowed: 1 to 1000"),
         (
             {"SPEED": "60", "STREAM": "churn"},
